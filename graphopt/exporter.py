@@ -1,0 +1,336 @@
+"""`onnx_graphsurgeon` graphs -> `onnx.ModelProto`; what nobody edited is emitted as it came (see importer.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from graphopt.errors import InternalError, ModelError
+from graphopt.importer import (
+    GraphOrigin,
+    NodeOrigin,
+    Values,
+    decode_attribute,
+    origin,
+    paused_gc,
+    tensor_type,
+)
+from graphopt.tensors import LazySparse, LazyTensor, encode, onnx_dtype, same_dtype
+
+Place: TypeAlias = Callable[[str, Values], TensorProto | None]
+"""Emits a constant; None leaves its data out and makes it a graph input of its type (main graph only)."""
+
+
+def inline(name: str, values: Values) -> TensorProto:
+    """Place a constant's data inside its proto."""
+    if isinstance(values, LazyTensor):
+        return values.proto(name)
+    return encode(values.load() if isinstance(values, LazySparse) else values, name)
+
+
+def untouched(constant: gs.Constant) -> Values:
+    """Return the constant's values, as the lazy original when nobody replaced them."""
+    values, came_from = constant._values, origin(constant)
+    if isinstance(came_from, LazyTensor | LazySparse) and came_from.is_loaded_as(values):
+        return came_from
+    return values  # type: ignore[no-any-return]
+
+
+class Exporter:
+    """Emits one model.
+
+    Args:
+        shell: the `ModelProto` without graph and functions.
+        place: where the data of constants goes.
+    """
+
+    def __init__(self, shell: onnx.ModelProto, place: Place = inline) -> None:
+        self.shell = shell
+        self.place = place
+        self.listed = shell.ir_version < 4  # before IR 4 every initializer is listed as an input
+
+    def run(self, graph: gs.Graph, functions: Iterable[gs.Function]) -> onnx.ModelProto:
+        """Return the whole model."""
+        out = onnx.ModelProto()
+        out.CopyFrom(self.shell)
+        with paused_gc():
+            self._graph(graph, out.graph, set(), main=True)
+            for function in functions:
+                self._function(function, out.functions.add())
+        return out
+
+    def _graph(self, graph: gs.Graph, out: GraphProto, outer: set[int], *, main: bool = False) -> None:
+        held: GraphOrigin = origin(graph) or GraphOrigin(shell=GraphProto())
+        out.CopyFrom(held.shell)
+        out.name = graph.name
+        constants = _constants(graph, held, outer)
+        visible = outer | {id(c) for c in constants} | {id(t) for n in graph.nodes for t in n.outputs}
+        visible |= {id(t) for t in graph.inputs}
+        extra_inputs = self._initializers(constants, held, out, main=main)
+        self._inputs(graph, held, out, extra_inputs)
+        for node in graph.nodes:
+            self._node(node, out.node.add(), visible)
+        out.output.extend(_output_info(t) for t in graph.outputs)
+        out.value_info.extend(_value_infos(graph, held))
+        _prune_annotations(graph, out)
+
+    def _initializers(
+        self, constants: list[gs.Constant], held: GraphOrigin, out: GraphProto, *, main: bool
+    ) -> list[ValueInfoProto]:
+        extra: list[ValueInfoProto] = []
+        listed = {id(t) for t in held.input_order}
+        for constant in constants:
+            values = untouched(constant)
+            if isinstance(values, LazySparse):
+                out.sparse_initializer.append(values.sparse_proto(constant.name))
+                continue
+            proto = self.place(constant.name, values)
+            if proto is None and not main:
+                proto = inline(constant.name, values)
+            if proto is not None:
+                out.initializer.append(proto)
+            if (proto is None or (self.listed and main)) and id(constant) not in listed:
+                extra.append(_constant_info(constant))
+        for variable, values in held.defaults:
+            out.initializer.append(inline(variable.name, values))
+        return extra
+
+    def _inputs(self, graph: gs.Graph, held: GraphOrigin, out: GraphProto, extra: list[ValueInfoProto]) -> None:
+        current = {id(t) for t in graph.inputs}
+        emitted: set[int] = set()
+        for tensor in held.input_order:
+            if id(tensor) in current:
+                out.input.append(variable_info(tensor))
+            elif isinstance(tensor, gs.Constant) and self._kept(tensor, held):
+                out.input.append(tensor.input_info)
+            emitted.add(id(tensor))
+        out.input.extend(variable_info(t) for t in graph.inputs if id(t) not in emitted)
+        out.input.extend(extra)
+
+    def _kept(self, constant: gs.Constant, held: GraphOrigin) -> bool:
+        return self.listed and any(constant is c for c in held.declared)
+
+    def _node(self, node: gs.Node, out: NodeProto, visible: set[int]) -> None:
+        came_from: NodeOrigin | None = origin(node)
+        out.op_type = node.op
+        if node.name:
+            out.name = node.name
+        if node.domain is not None:
+            out.domain = node.domain
+        out.input.extend(t.name for t in node.inputs)
+        out.output.extend(t.name for t in node.outputs)
+        originals: dict[str, AttributeProto] = {}
+        if came_from is not None:
+            originals = {a.name: a for a in came_from.proto.attribute}
+            if came_from.proto.op_type == node.op:
+                out.doc_string = came_from.proto.doc_string
+                if came_from.proto.HasField("overload"):
+                    out.overload = came_from.proto.overload
+                if hasattr(came_from.proto, "device_configurations"):
+                    out.device_configurations.extend(came_from.proto.device_configurations)
+            if not came_from.proto.HasField("doc_string"):
+                out.ClearField("doc_string")
+            for key, value in came_from.metadata.items():
+                out.metadata_props.add(key=key, value=value)
+        for name, value in node.attrs.items():
+            if value is not None:
+                out.attribute.append(self._attribute(node, name, value, originals.get(name), visible))
+
+    def _attribute(
+        self, node: gs.Node, name: str, value: object, original: AttributeProto | None, visible: set[int]
+    ) -> AttributeProto:
+        if isinstance(value, gs.Graph):
+            out = AttributeProto(name=name, type=AttributeProto.GRAPH)
+            if original is not None and original.HasField("doc_string"):
+                out.doc_string = original.doc_string
+            self._graph(value, out.g, visible)
+            return out
+        if isinstance(value, gs.Constant):
+            values = untouched(value)
+            if original is not None and values is origin(value) and isinstance(values, LazyTensor) and values.data is None:
+                return original
+            out = AttributeProto(name=name, type=AttributeProto.TENSOR)
+            out.t.CopyFrom(self.place(value.name, values) or inline(value.name, values))
+            return out
+        if original is not None and _unchanged(original, value):
+            return original
+        return encode_attribute(node, name, value, original)
+
+    def _function(self, function: gs.Function, out: onnx.FunctionProto) -> None:
+        held: GraphOrigin = origin(function) or GraphOrigin(shell=onnx.FunctionProto())
+        out.CopyFrom(held.shell)
+        out.name, out.domain = function.name, function.domain
+        out.input.extend(t.name for t in function.inputs)
+        out.output.extend(t.name for t in function.outputs)
+        constants = _constants(function, held, set())
+        for constant in constants:  # function bodies have no initializers
+            node = out.node.add(op_type="Constant", output=[constant.name])
+            node.attribute.append(helper.make_attribute("value", inline("", untouched(constant))))
+        visible = {id(t) for n in function.nodes for t in n.outputs} | {id(t) for t in function.inputs}
+        visible |= {id(c) for c in constants}
+        for node in function.nodes:
+            self._node(node, out.node.add(), visible)
+        if hasattr(out, "value_info"):
+            out.value_info.extend(_value_infos(function, held))
+
+
+def _constants(graph: gs.Graph, held: GraphOrigin, outer: set[int]) -> list[gs.Constant]:
+    """Return this graph's own constants: declared ones first, then those its nodes and outputs use."""
+    found = {id(c): c for c in held.declared if isinstance(c, gs.Constant)}
+    for tensor in [t for n in graph.nodes for t in n.inputs] + list(graph.outputs):
+        if isinstance(tensor, gs.Constant) and id(tensor) not in outer:
+            found.setdefault(id(tensor), tensor)
+    return list(found.values())
+
+
+def _constant_info(constant: gs.Constant) -> ValueInfoProto:
+    return helper.make_tensor_value_info(constant.name, onnx_dtype(constant.dtype), list(constant.shape))
+
+
+def _output_info(tensor: gs.Tensor) -> ValueInfoProto:
+    stated = tensor.__dict__.get("output_info")
+    if isinstance(tensor, gs.Constant):
+        return stated if stated is not None and stated.name == tensor.name else _constant_info(tensor)
+    if stated is not None and _still_says(stated, tensor, compare_type=origin(tensor) is stated):
+        return stated
+    return variable_info(tensor)
+
+
+def _still_says(info: ValueInfoProto, tensor: gs.Variable, *, compare_type: bool) -> bool:
+    """Tell whether `info` still describes the variable."""
+    if info.name != tensor.name:
+        return False
+    if not compare_type:
+        return True
+    dtype, shape, kind = tensor_type(info)
+    return same_dtype(dtype, tensor.dtype) and shape == _shape_list(tensor) and kind == tensor.type
+
+
+def _shape_list(tensor: gs.Variable) -> list[int | str | None] | None:
+    return None if tensor.shape is None else list(tensor.shape)
+
+
+def variable_info(tensor: gs.Variable) -> ValueInfoProto:
+    """Return the type of a variable as a proto: its original if unedited, else a new one."""
+    came_from = origin(tensor)
+    if came_from is not None and _still_says(came_from, tensor, compare_type=True):
+        return came_from  # type: ignore[no-any-return]
+    if came_from is not None and tensor.dtype is None:
+        out = ValueInfoProto()
+        out.CopyFrom(came_from)
+        out.name = tensor.name
+        return out
+    if tensor.dtype is None:
+        return ValueInfoProto(name=tensor.name)
+    shape = None if tensor.shape is None else [d if d != "" else None for d in tensor.shape]
+    out = helper.make_tensor_value_info(tensor.name, onnx_dtype(tensor.dtype), shape)
+    if came_from is not None:
+        out.doc_string = came_from.doc_string
+        out.metadata_props.extend(came_from.metadata_props)
+    return out
+
+
+def _value_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto]:
+    """Yield the types of inner values: those that came with one first, in file order, then new ones."""
+    ends = {id(t) for t in graph.outputs} | {id(t) for t in graph.inputs}
+    alive = {id(t): t for n in graph.nodes for t in n.outputs if t.name}
+    alive.update((id(t), t) for t in held.declared)
+    done = set()
+    for tensor, info in held.value_info:
+        if tensor is None:
+            yield info
+        elif isinstance(tensor, gs.Constant) or (id(tensor) in ends and tensor.name == info.name):
+            if id(tensor) in alive or id(tensor) in ends:
+                yield info
+        elif id(tensor) in alive:
+            done.add(id(tensor))
+            yield variable_info(tensor)
+    for key, tensor in alive.items():
+        if key not in done and key not in ends and isinstance(tensor, gs.Variable) and tensor.dtype is not None:
+            yield variable_info(tensor)
+
+
+def _prune_annotations(graph: gs.Graph, out: GraphProto) -> None:
+    if not out.quantization_annotation:
+        return
+    names = {i.name for i in out.initializer} | {i.name for i in out.input} | {t for n in out.node for t in n.output}
+    kept = [a for a in out.quantization_annotation if a.tensor_name in names]
+    if len(kept) != len(out.quantization_annotation):
+        del out.quantization_annotation[:]
+        out.quantization_annotation.extend(kept)
+
+
+def _unchanged(original: AttributeProto, value: object) -> bool:
+    decoded = decode_attribute(original)
+    return value is original or (type(decoded) is type(value) and bool(decoded == value))
+
+
+_SCALARS: Mapping[type, int] = {
+    bool: AttributeProto.INT, int: AttributeProto.INT, float: AttributeProto.FLOAT,
+    str: AttributeProto.STRING, bytes: AttributeProto.STRING,
+}  # fmt: skip
+
+
+def encode_attribute(
+    node: gs.Node, name: str, value: object, original: AttributeProto | None = None
+) -> AttributeProto:
+    """Return `value` as an attribute, typed by the operator's schema where Python's type leaves a choice.
+
+    Raises:
+        ModelError: the value has no ONNX form, or is an empty list of unknown type.
+    """
+    if isinstance(value, AttributeProto):
+        return value
+    if isinstance(value, gs.Node.AttributeRef):
+        return AttributeProto(name=name, type=value.type, ref_attr_name=value.name)
+    wanted = original.type if original is not None else _schema_type(node, name)
+    value = _plain(value)
+    if isinstance(value, np.ndarray):
+        return helper.make_attribute(name, encode(value, ""))
+    try:
+        if wanted is not None:
+            return helper.make_attribute(name, _cast(value, wanted), attr_type=wanted)
+        return helper.make_attribute(name, value)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"attribute '{name}' cannot hold {value!r}", at=f"node '{node.name}' ({node.op})", hint=str(error)
+        ) from error
+
+
+def _plain(value: object) -> object:
+    """Return NumPy scalars as Python's, tuples as lists, 0-d and n-d arrays as they are."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return int(value) if isinstance(value, bool) else value
+
+
+def _cast(value: Any, wanted: int) -> Any:
+    if wanted == AttributeProto.FLOAT:
+        return float(value)
+    if wanted == AttributeProto.FLOATS:
+        return [float(v) for v in value]
+    return value
+
+
+def _schema_type(node: gs.Node, name: str) -> int | None:
+    try:
+        schema = onnx.defs.get_schema(node.op, node.domain or "")
+    except onnx.defs.SchemaError:
+        return None
+    attribute = schema.attributes.get(name)
+    return int(attribute.type.value) if attribute is not None else None
+
+
+def require_named(graph: gs.Graph) -> None:
+    """Raise InternalError for a used tensor without a name (a pass forgot to give it one)."""
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if not tensor.name and tensor.inputs:
+                raise InternalError(f"a tensor made by {tensor.inputs[0].op} has no name")

@@ -1,0 +1,310 @@
+"""LOAD and EMIT: `.onnx` <-> `Model`, losing nothing.
+
+A `Model` is one `onnx_graphsurgeon.Graph` that passes edit in place, with everything beside it that a file
+holds.  Weights are read from the mapped file only when a pass asks for them, and come back out as they came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+from graphopt.errors import ModelError
+from graphopt.exporter import Exporter, Place, inline, untouched
+from graphopt.external import MAPPED, ModelFile, atomic_write, digest
+from graphopt.importer import Importer, NodeOrigin, Values, opset_of, origin, shell_of
+from graphopt.tensors import LazySparse, LazyTensor
+
+Source: TypeAlias = "str | Path | onnx.ModelProto | Model"
+
+INLINE_LIMIT = (1 << 31) - (1 << 26)
+"""Bytes of weights that still fit beside the graph into one protobuf message (2 GiB less 64 MiB)."""
+
+_SMALL = 1024
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """One input or output: `dtype` and `shape` are None where unknown; `kind` is as in `TypeProto`."""
+
+    name: str
+    dtype: np.dtype[Any] | None
+    shape: tuple[int | str | None, ...] | None
+    kind: str = "tensor"
+
+    def __str__(self) -> str:
+        dims = "?" if self.shape is None else ",".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.name}: {self.dtype or self.kind}[{dims}]"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model's structure with its weights by reference: cheap to take, exact to restore."""
+
+    proto: onnx.ModelProto
+    weights: tuple[Values, ...]
+
+
+class Model:
+    """An ONNX model that passes edit.  Make one with `load`.
+
+    Attributes:
+        graph: the main graph.
+        functions: local functions, in file order.
+        path: the file it came from, None for a model made in memory.
+    """
+
+    def __init__(self, shell: onnx.ModelProto, graph: gs.Graph, functions: list[gs.Function], path: Path | None) -> None:
+        self.shell = shell
+        self.graph = graph
+        self.functions = functions
+        self.path = path
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operator set."""
+        return opset_of(self.shell.opset_import) or 1
+
+    @property
+    def opsets(self) -> dict[str, int]:
+        """Version of each operator set, by domain ('' is the standard one)."""
+        return {"" if o.domain == "ai.onnx" else o.domain: int(o.version) for o in self.shell.opset_import}
+
+    @property
+    def ir_version(self) -> int:
+        """Version of the ONNX file format."""
+        return int(self.shell.ir_version)
+
+    @property
+    def inputs(self) -> list[ValueSpec]:
+        """What must be fed, in order."""
+        optional = self._optional_names()
+        return [value_spec(t) for t in self.graph.inputs if t.name not in optional]
+
+    @property
+    def optional_inputs(self) -> list[ValueSpec]:
+        """Inputs with a default value, which a caller may override (IR 4 and later)."""
+        optional = self._optional_names()
+        return [value_spec(t) for t in self.graph.inputs if t.name in optional]
+
+    @property
+    def outputs(self) -> list[ValueSpec]:
+        """What comes out, in order."""
+        return [value_spec(t) for t in self.graph.outputs]
+
+    def _optional_names(self) -> set[str]:
+        held = origin(self.graph)
+        return {variable.name for variable, _ in held.defaults} if held else set()
+
+    def graphs(self) -> Iterator[gs.Graph]:
+        """Yield the main graph, its nested subgraphs, then function bodies and theirs: outer before inner."""
+        stack = [self.graph]
+        for function in self.functions:
+            stack.append(function)
+        for root in stack:
+            yield from _nested(root)
+
+    def nodes(self) -> Iterator[gs.Node]:
+        """Yield every node of every graph."""
+        for graph in self.graphs():
+            yield from graph.nodes
+
+    def constants(self) -> list[gs.Constant]:
+        """Return every initializer of every graph once, in file order, then those that passes added."""
+        found: dict[int, gs.Constant] = {}
+        for graph in self.graphs():
+            held = origin(graph)
+            for tensor in [*(held.declared if held else []), *(t for n in graph.nodes for t in n.inputs)]:
+                if isinstance(tensor, gs.Constant):
+                    found.setdefault(id(tensor), tensor)
+        return list(found.values())
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all initializers; nothing is read."""
+        return sum(int(c._values.nbytes) for c in self.constants())
+
+    def emit(self, place: Place = inline) -> onnx.ModelProto:
+        """Return the model as a new proto, its weights put where `place` says."""
+        return Exporter(self.shell, place).run(self.graph, self.functions)
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The model as a new `ModelProto`; above 2 GB, external data stays a reference beside `path`."""
+        if self.weight_bytes() <= INLINE_LIMIT:
+            return self.emit()
+        return self.emit(_by_reference)
+
+    def skeleton(self) -> onnx.ModelProto:
+        """Return the model with large initializers turned into inputs of their type (for checks and inference)."""
+        return self.emit(_as_input)
+
+    def snapshot(self) -> Snapshot:
+        """Return the present state, weights by reference."""
+        weights: list[Values] = []
+
+        def keep(name: str, values: Values) -> TensorProto:
+            if values.nbytes < _SMALL:
+                return inline(name, values)
+            weights.append(values)
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+            out = TensorProto(name=name, dims=values.shape, data_type=dtype, data_location=TensorProto.EXTERNAL)
+            out.external_data.add(key=MAPPED, value=str(len(weights) - 1))
+            return out
+
+        return Snapshot(self.emit(keep), tuple(weights))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to `snapshot`; graph and node objects are new ones."""
+        other = from_snapshot(snapshot, self.path)
+        self.shell, self.graph, self.functions = other.shell, other.graph, other.functions
+
+    def copy(self) -> Model:
+        """Return an independent model that shares the (read-only) weights."""
+        return from_snapshot(self.snapshot(), self.path)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model atomically; above 2 GB, or when it came with external data, weights go beside it.
+
+        Raises:
+            ModelError: the file cannot be written; what was there before is unchanged.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise ModelError("the output folder does not exist", at=str(path.parent), hint="create it first")
+        if path.is_dir():
+            raise ModelError("the output is a folder", at=str(path), hint="name a file in it")
+        stale = _own_data_files(path)
+        if self.weight_bytes() > INLINE_LIMIT or self._came_external():
+            data_file = self._save_external(path)
+            stale.discard(data_file)
+        else:
+            with atomic_write(path) as file:
+                file.write(self.emit().SerializeToString(deterministic=True))
+        for old in stale:
+            old.unlink(missing_ok=True)
+
+    def _came_external(self) -> bool:
+        values = (untouched(c) for c in self.constants())
+        return any(isinstance(v, LazyTensor) and v.tensor.data_location == TensorProto.EXTERNAL for v in values)
+
+    def _save_external(self, path: Path) -> Path:
+        large = {id(v): v for c in self.constants() if (v := untouched(c)).nbytes >= _SMALL and not isinstance(v, LazySparse)}
+        name = f"{path.name}.{digest(_raw(v) for v in large.values())}.data"
+        offsets: dict[int, int] = {}
+        with atomic_write(path.parent / name) as file:
+            for key, values in large.items():
+                file.write(b"\0" * (-file.tell() % _PAGE))
+                offsets[key] = file.tell()
+                file.write(_raw(values))
+
+        def place(tensor_name: str, values: Values) -> TensorProto:
+            if id(values) not in offsets:
+                return inline(tensor_name, values)
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+            out = TensorProto(name=tensor_name, dims=values.shape, data_type=dtype, data_location=TensorProto.EXTERNAL)
+            entries = {"location": name, "offset": offsets[id(values)], "length": len(_raw(values))}
+            for key, value in entries.items():
+                out.external_data.add(key=key, value=str(value))
+            return out
+
+        with atomic_write(path) as file:
+            file.write(self.emit(place).SerializeToString(deterministic=True))
+        return path.parent / name
+
+    def metadata(self, node: gs.Node) -> dict[str, str]:
+        """Return a node's `metadata_props`: change the dict to change them."""
+        if origin(node) is None:
+            node.origin = NodeOrigin(onnx.NodeProto(), {})
+        return node.origin.metadata  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        return f"<Model {self.graph.name!r}: {len(self.graph.nodes)} nodes, opset {self.opset}>"
+
+
+def load(source: Source) -> Model:
+    """Return a `Model` of a path, a `ModelProto` or another `Model`, which are left untouched.
+
+    Raises:
+        ModelError: missing, damaged, hostile, or not a model that this version understands.
+    """
+    if isinstance(source, Model):
+        return source.copy()
+    if isinstance(source, onnx.ModelProto):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(source)
+        return _build(copy, ModelFile(Path.cwd() / "<memory>"), None)
+    path = Path(source)
+    file = ModelFile(path)
+    return _build(file.parse(), file, path)
+
+
+def _build(proto: onnx.ModelProto, file: ModelFile, path: Path | None) -> Model:
+    from graphopt.sanity import check_loaded, check_proto  # noqa: PLC0415  (it needs Model)
+
+    where = str(path) if path else "model in memory"
+    check_proto(proto, where)
+    try:
+        graph, functions = Importer(proto, file.resolve).run()
+    except ModelError as error:
+        if path is not None and (error.at is None or str(path) not in error.at):
+            error.at = f"{error.at} in {path}" if error.at else str(path)
+        raise
+    model = Model(shell_of(proto, {"graph", "functions"}), graph, functions, path)
+    check_loaded(model)
+    return model
+
+
+def from_snapshot(snapshot: Snapshot, path: Path | None) -> Model:
+    """Return a new model equal to the one `snapshot` was taken of."""
+
+    def resolve(proto: TensorProto) -> Values:
+        return snapshot.weights[int(proto.external_data[0].value)]
+
+    graph, functions = Importer(snapshot.proto, resolve).run()
+    return Model(shell_of(snapshot.proto, {"graph", "functions"}), graph, functions, path)
+
+
+def value_spec(tensor: gs.Tensor) -> ValueSpec:
+    """Return name, dtype, shape and kind of a tensor."""
+    shape = None if tensor.shape is None else tuple(tensor.shape)
+    kind = getattr(tensor, "type", None) or "tensor_type"
+    return ValueSpec(tensor.name, tensor.dtype, shape, kind.removesuffix("_type"))
+
+
+def _nested(graph: gs.Graph) -> Iterator[gs.Graph]:
+    stack = [graph]
+    while stack:
+        current = stack.pop()
+        yield current
+        inner = [a for node in current.nodes for a in node.attrs.values() if isinstance(a, gs.Graph)]
+        stack.extend(reversed(inner))
+
+
+def _raw(values: Values) -> bytes | memoryview:
+    if isinstance(values, LazyTensor):
+        return values.raw()
+    return inline("", values).raw_data
+
+
+def _by_reference(name: str, values: Values) -> TensorProto:
+    if isinstance(values, LazyTensor):
+        return values.proto(name, inline=values.tensor.data_location != TensorProto.EXTERNAL)
+    return inline(name, values)
+
+
+def _as_input(name: str, values: Values) -> TensorProto | None:
+    return None if values.nbytes >= _SMALL else inline(name, values)
+
+
+def _own_data_files(path: Path) -> set[Path]:
+    """Return data files that an earlier `save` to this path left, named after it and a digest."""
+    pattern = f"{path.name}.{'[0-9a-f]' * 16}.data"
+    return set(path.parent.glob(pattern)) if path.exists() else set()

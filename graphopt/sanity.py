@@ -1,0 +1,72 @@
+"""Checks of what was loaded, each with a message that says what, where and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphopt.errors import ModelError, did_you_mean
+from graphopt.importer import opset_of
+from graphopt.model import Model
+from graphopt.ops import STANDARD_DOMAINS
+from graphopt.order import sort_nodes
+
+_LATEST_IR = max(v for k, v in onnx.Version.items() if k.startswith("IR_VERSION"))
+
+
+def check_proto(proto: onnx.ModelProto, where: str) -> None:
+    """Raise ModelError unless `proto` has the parts and versions of a model that can be read."""
+    if not proto.ir_version or not proto.HasField("graph"):
+        raise ModelError("not an ONNX model: it has no graph", at=where, hint="export or download the model again")
+    if proto.ir_version > _LATEST_IR:
+        raise ModelError(
+            f"IR version {proto.ir_version} is newer than the installed onnx package knows ({_LATEST_IR})",
+            at=where,
+            hint="upgrade: pip install -U onnx onnxruntime",
+        )
+    latest = onnx.defs.onnx_opset_version()
+    version = opset_of(proto.opset_import)
+    if version is not None and not 1 <= version <= latest:
+        raise ModelError(
+            f"opset {version} is not known: the installed onnx package knows 1 to {latest}",
+            at=where,
+            hint="upgrade: pip install -U onnx onnxruntime",
+        )
+    known = {entry.domain for entry in proto.opset_import} | {f.domain for f in proto.functions}
+    uses_standard = any(node.domain in STANDARD_DOMAINS for node in proto.graph.node)
+    if version is None and uses_standard and proto.ir_version >= 3:
+        raise ModelError("the model imports no standard operator set", at=where, hint=f"its opset imports: {sorted(known)}")
+
+
+def check_loaded(model: Model) -> None:
+    """Check operators and order of every graph; nodes out of order are sorted.
+
+    Raises:
+        ModelError: an operator that its opset does not have, or a cycle.
+    """
+    functions = {(f.domain, f.name) for f in model.functions}
+    for graph in model.graphs():
+        _check_operators(graph.nodes, graph.opset, functions)
+        sort_nodes(graph)
+
+
+def _check_operators(nodes: Iterable[gs.Node], opset: int, functions: set[tuple[str, str]]) -> None:
+    seen: set[str] = set()
+    for node in nodes:
+        if node.domain not in STANDARD_DOMAINS or node.op in seen or (node.domain or "", node.op) in functions:
+            continue
+        seen.add(node.op)
+        try:
+            onnx.defs.get_schema(node.op, opset, "")
+        except onnx.defs.SchemaError as error:
+            raise ModelError(
+                f"operator '{node.op}' does not exist in opset {opset}",
+                at=f"node '{node.name}'",
+                hint=did_you_mean(node.op, _operators(opset)) or "a custom operator needs a domain of its own",
+            ) from error
+
+
+def _operators(opset: int) -> set[str]:
+    return {s.name for s in onnx.defs.get_all_schemas() if not s.domain and s.since_version <= opset}

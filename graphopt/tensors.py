@@ -1,0 +1,227 @@
+"""ONNX tensors as lazy values: nothing is decoded, mapped or copied before somebody asks for it.
+
+`LazyTensor` stands in an `onnx_graphsurgeon.Constant` for one `TensorProto` (data inside it, or in a mapped
+region of another file), `LazySparse` for one `SparseTensorProto`.  Arrays come out read-only, so an array that
+is still the one loaded here is known to be unedited and its proto is emitted as it came.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper, numpy_helper
+
+from graphopt.errors import ModelError
+
+MAX_TENSOR_BYTES = 1 << 40
+"""Declared sizes above this are refused unread (a model is data from a stranger)."""
+
+_BITS = {
+    TensorProto.UINT4: 4, TensorProto.INT4: 4, TensorProto.FLOAT4E2M1: 4,
+    **{getattr(TensorProto, name): 2 for name in ("UINT2", "INT2") if hasattr(TensorProto, name)},
+}  # fmt: skip
+
+
+def numpy_dtype(data_type: int) -> np.dtype[Any] | None:
+    """Return the NumPy (or ml_dtypes) dtype of a `TensorProto.DataType`, None for 0 and unknown numbers."""
+    try:
+        return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
+    except (KeyError, ValueError):
+        return None
+
+
+def onnx_dtype(dtype: np.dtype[Any] | type[Any]) -> int:
+    """Return the `TensorProto.DataType` of a NumPy dtype.
+
+    Raises:
+        ModelError: ONNX has no such type.
+    """
+    dtype = np.dtype(dtype)
+    if dtype.kind in "OSU":
+        return int(TensorProto.STRING)
+    try:
+        return int(helper.np_dtype_to_tensor_dtype(dtype))
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"ONNX has no tensor type for NumPy's {dtype}", hint="convert the array first") from error
+
+
+def is_float(dtype: np.dtype[Any] | None) -> bool:
+    """Tell whether `dtype` is a floating-point type, ml_dtypes' small floats included."""
+    if dtype is None:
+        return False
+    return dtype.kind == "f" or (dtype.kind == "V" and dtype.name.startswith(("bfloat", "float")))
+
+
+def byte_size(data_type: int, dims: Sequence[int], name: str) -> int:
+    """Return the bytes that `raw_data` of this type and shape must have (strings: 0).
+
+    Raises:
+        ModelError: a negative dimension or a size beyond reason.
+    """
+    if any(dim < 0 for dim in dims):
+        raise ModelError(f"tensor has a negative dimension: {list(dims)}", at=f"initializer '{name}'")
+    count = math.prod(dims)
+    if data_type == TensorProto.STRING:
+        return 0
+    dtype = numpy_dtype(data_type)
+    if dtype is None:
+        raise ModelError(f"tensor has an unknown element type: {data_type}", at=f"initializer '{name}'")
+    size = (count * _BITS[data_type] + 7) // 8 if data_type in _BITS else count * dtype.itemsize
+    if size > MAX_TENSOR_BYTES:
+        raise ModelError(f"tensor declares {size} bytes", at=f"initializer '{name}'", hint="the file is damaged or hostile")
+    return size
+
+
+class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
+    """The values of one `TensorProto`, decoded when first read.
+
+    Args:
+        proto: the tensor; with external data, its reference.
+        data: the mapped bytes of external data, None when the data is inside `proto`.
+    """
+
+    def __init__(self, proto: TensorProto, data: memoryview | None = None) -> None:
+        self.tensor = proto
+        self.data = data
+        self.shape = tuple(proto.dims)
+        self.dtype = numpy_dtype(proto.data_type)
+        self.nbytes = byte_size(proto.data_type, proto.dims, proto.name)
+        self._check_size()
+        self._loaded: weakref.ref[np.ndarray[Any, Any]] | None = None
+
+    def _check_size(self) -> None:
+        found = len(self.data) if self.data is not None else len(self.tensor.raw_data)
+        inline = self.data is None and not self.tensor.HasField("raw_data")
+        if self.tensor.data_type == TensorProto.STRING:
+            return
+        if inline:
+            field = helper.tensor_dtype_to_field(self.tensor.data_type)
+            stored, wanted = len(getattr(self.tensor, field)), _stored_elements(self.tensor)
+            if stored != wanted:
+                raise ModelError(
+                    f"tensor of shape {list(self.shape)} holds {stored} elements where {wanted} belong",
+                    at=f"initializer '{self.tensor.name}'",
+                    hint="the file is damaged",
+                )
+        elif found != self.nbytes:
+            raise ModelError(
+                f"tensor of shape {list(self.shape)} holds {found} bytes where {self.nbytes} belong",
+                at=f"initializer '{self.tensor.name}'",
+                hint="the file is truncated or damaged",
+            )
+
+    def load(self) -> np.ndarray[Any, Any]:
+        """Return the values as a read-only array; mapped data is not copied."""
+        array = self._loaded() if self._loaded is not None else None
+        if array is None:
+            array = self._decode()
+            array.flags.writeable = False
+            self._loaded = weakref.ref(array)
+        return array
+
+    def _decode(self) -> np.ndarray[Any, Any]:
+        if self.data is None:
+            return np.asarray(numpy_helper.to_array(self.tensor)).view()
+        if self.tensor.data_type in _BITS:
+            inline = TensorProto(data_type=self.tensor.data_type, dims=self.tensor.dims, raw_data=bytes(self.data))
+            return np.asarray(numpy_helper.to_array(inline))
+        assert self.dtype is not None
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
+
+    def is_loaded_as(self, values: object) -> bool:
+        """Tell whether `values` is the very array that `load` returned."""
+        return self._loaded is not None and self._loaded() is values
+
+    def raw(self) -> bytes | memoryview:
+        """Return the bytes as `raw_data` would hold them, without copying mapped data."""
+        if self.data is not None:
+            return self.data
+        if self.tensor.HasField("raw_data"):
+            return self.tensor.raw_data
+        return encode(self.load(), "").raw_data
+
+    def proto(self, name: str, *, inline: bool = True) -> TensorProto:
+        """Return the tensor under `name`, with external data put inside it when `inline`."""
+        out = TensorProto()
+        out.CopyFrom(self.tensor)
+        out.name = name
+        if inline and self.data is not None:
+            out.ClearField("external_data")
+            out.ClearField("data_location")
+            out.raw_data = bytes(self.data)
+        return out
+
+
+class LazySparse(gs.ir.tensor.LazyValues):  # type: ignore[misc]
+    """The values of one `SparseTensorProto`; reading makes them dense, in their own dtype."""
+
+    def __init__(self, proto: onnx.SparseTensorProto) -> None:
+        self.tensor = proto
+        self.shape = tuple(proto.dims)
+        self.dtype = numpy_dtype(proto.values.data_type)
+        self.nbytes = byte_size(proto.values.data_type, proto.dims, proto.values.name)
+        self._loaded: weakref.ref[np.ndarray[Any, Any]] | None = None
+
+    def load(self) -> np.ndarray[Any, Any]:
+        """Return the dense values as a read-only array."""
+        array = self._loaded() if self._loaded is not None else None
+        if array is not None:
+            return array
+        values = numpy_helper.to_array(self.tensor.values)
+        indices = numpy_helper.to_array(self.tensor.indices)
+        array = np.zeros(self.shape, dtype=values.dtype)
+        if indices.ndim == 1:
+            array.reshape(-1)[indices] = values
+        else:
+            array[tuple(indices.T)] = values
+        array.flags.writeable = False
+        self._loaded = weakref.ref(array)
+        return array
+
+    def is_loaded_as(self, values: object) -> bool:
+        """Tell whether `values` is the very array that `load` returned."""
+        return self._loaded is not None and self._loaded() is values
+
+    def sparse_proto(self, name: str) -> onnx.SparseTensorProto:
+        """Return the sparse tensor under `name`."""
+        out = onnx.SparseTensorProto()
+        out.CopyFrom(self.tensor)
+        out.values.name = name
+        return out
+
+
+def _stored_elements(proto: TensorProto) -> int:
+    """Return how many entries the typed field of an inline tensor must have."""
+    count = math.prod(proto.dims)
+    if proto.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
+        return 2 * count
+    if proto.data_type in _BITS:
+        return (count * _BITS[proto.data_type] + 7) // 8
+    return count
+
+
+def encode(values: np.ndarray[Any, Any], name: str) -> TensorProto:
+    """Return `values` as a `TensorProto` (raw data, little endian; strings as `string_data`)."""
+    if values.dtype.kind in "OSU":
+        return helper.make_tensor(name, TensorProto.STRING, values.shape, [_as_bytes(v) for v in values.reshape(-1)])
+    onnx_dtype(values.dtype)
+    return numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
+
+
+def _as_bytes(value: object) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()
+
+
+def same_dtype(a: np.dtype[Any] | None, b: np.dtype[Any] | None) -> bool:
+    """Compare dtypes, where either may be unknown (None equals only None)."""
+    return (a is None) == (b is None) and (a is None or a == b)
+
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

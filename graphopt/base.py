@@ -1,0 +1,187 @@
+"""What a pass is: `Pass` proposes `Change`s, the pipeline applies them; `Context` is all that a pass may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphopt.errors import SpecError, did_you_mean
+
+if TYPE_CHECKING:
+    from graphopt.analysis.shapes import Shapes
+    from graphopt.data import Samples
+    from graphopt.model import Model
+
+Exactness = Literal["exact", "lossy"]
+Evaluate = Callable[[onnx.ModelProto, Mapping[str, Any], Sequence[str] | None], dict[str, Any]]
+
+
+@dataclass
+class Change:
+    """A proposal: where, what, why, and how.  Without `apply` it is a near miss and `why` is what blocks it."""
+
+    where: str
+    what: str
+    why: str = ""
+    apply: Callable[[], None] | None = None
+
+    @property
+    def blocked(self) -> bool:
+        """Whether this is a near miss."""
+        return self.apply is None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine that the result will run on."""
+
+    provider: str = "cpu"
+    threads: int = 1
+
+
+@dataclass
+class Context:
+    """What a pass may use besides its graph.
+
+    Attributes:
+        model: the model being edited.
+        evaluate: runs a small model in ORT, its rewriting off: (proto, feeds, outputs) -> arrays by name.
+        target: where the result will run.
+        seed: for every random choice.
+        samples: representative feeds, when the user gave some.
+    """
+
+    model: Model
+    evaluate: Evaluate
+    target: Target = field(default_factory=Target)
+    seed: int = 0
+    samples: Samples | None = None
+    original_bytes: int = 0
+    _shapes: Shapes | None = None
+    _names: set[str] | None = None
+
+    @property
+    def shapes(self) -> Shapes:
+        """Types and shapes of all tensors, inferred when first asked for in this pass."""
+        if self._shapes is None:
+            from graphopt.analysis.shapes import infer  # noqa: PLC0415  (analysis stands beside base)
+
+            self._shapes = infer(self.model)
+        return self._shapes
+
+    def forget(self) -> None:
+        """Drop cached analyses: the graph has changed since."""
+        self._shapes = None
+        self._names = None
+
+    def fresh_name(self, base: str) -> str:
+        """Return a tensor or node name that no graph of the model uses: `base`, or `base_1`, `base_2`, …"""
+        if self._names is None:
+            self._names = all_names(self.model)
+        name, number = base, 0
+        while name in self._names:
+            number += 1
+            name = f"{base}_{number}"
+        self._names.add(name)
+        return name
+
+    def constant(self, base: str, values: np.ndarray[Any, Any]) -> gs.Constant:
+        """Return a new constant with a free name."""
+        return gs.Constant(self.fresh_name(base), np.asarray(values))
+
+
+def all_names(model: Model) -> set[str]:
+    """Return every tensor and node name of every graph of the model."""
+    names: set[str] = set()
+    for graph in model.graphs():
+        names.update(t.name for t in graph.inputs)
+        for node in graph.nodes:
+            names.add(node.name)
+            names.update(t.name for t in node.inputs)
+            names.update(t.name for t in node.outputs)
+    names.update(c.name for c in model.constants())
+    return names
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A graph transformation.  Subclasses are frozen dataclasses: their fields are the pass's options.
+
+    The first line of the docstring says what it does to the graph.  `run` yields changes; the pipeline applies
+    each before it asks for the next, sorts the nodes afterwards, and removes nothing by itself.
+
+    Class attributes:
+        name: what users type.
+        exactness: `exact` passes are judged by error, `lossy` ones by gates.
+        scope: `graph` runs on each graph (subgraphs and function bodies too, inner ones last), `model` once.
+        stage: `canonical`, or `lowering` for what depends on the target.
+    """
+
+    name: ClassVar[str] = ""
+    exactness: ClassVar[Exactness] = "exact"
+    scope: ClassVar[Literal["graph", "model"]] = "graph"
+    stage: ClassVar[Literal["canonical", "lowering"]] = "canonical"
+
+    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
+        """Propose changes to `graph`."""
+        raise TypeError(f"{type(self).__name__} does not define run()")
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return the docstring's first line."""
+        return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
+
+    @classmethod
+    def option_defaults(cls) -> dict[str, Any]:
+        """Return each option with its default (None where it must be given)."""
+        found = {}
+        for option in fields(cls):
+            if option.default_factory is not MISSING:
+                found[option.name] = option.default_factory()
+            else:
+                found[option.name] = None if option.default is MISSING else option.default
+        return found
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Pass:
+        """Return the pass with these options.
+
+        Raises:
+            SpecError: an option that the pass does not have, one missing, or one of another type.
+        """
+        known = {option.name: option for option in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise SpecError(
+                    f"pass '{cls.name}' has no option '{name}'",
+                    hint=did_you_mean(name, known) or f"its options: {', '.join(known) or 'none'}",
+                )
+        values = {name: _checked(cls, name, value) for name, value in options.items()}
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise SpecError(f"pass '{cls.name}': {error}") from error
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        defaults = self.option_defaults()
+        return {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
+
+
+def _checked(cls: type[Pass], name: str, value: Any) -> Any:
+    """Return an option's value, whole numbers as floats where those are meant."""
+    default = cls.option_defaults()[name]
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if default is not None and type(value) is not type(default):
+        raise SpecError(
+            f"pass '{cls.name}': option '{name}' is a {type(default).__name__}, not {value!r}",
+        )
+    return value

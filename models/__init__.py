@@ -10,6 +10,7 @@ if __name__ != "graphopt.models":
         "install the project (pip install -e .) and import graphopt.models"
     )
 
+from .digits import demo_calibration, demo_data, demo_model
 from .zoo import Entry, feeds, fetch, get, names
 
-__all__ = ["Entry", "feeds", "fetch", "get", "names"]
+__all__ = ["Entry", "demo_calibration", "demo_data", "demo_model", "feeds", "fetch", "get", "names"]

@@ -68,7 +68,7 @@ class Exporter:
         held: GraphOrigin = origin(graph) or GraphOrigin(shell=GraphProto())
         out.CopyFrom(held.shell)
         out.name = graph.name
-        constants = _constants(graph, held, outer)
+        constants = constants_of(graph, outer)
         visible = outer | {id(c) for c in constants} | {id(t) for n in graph.nodes for t in n.outputs}
         visible |= {id(t) for t in graph.inputs}
         extra_inputs = self._initializers(constants, held, out, main=main)
@@ -167,7 +167,7 @@ class Exporter:
         out.name, out.domain = function.name, function.domain
         out.input.extend(t.name for t in function.inputs)
         out.output.extend(t.name for t in function.outputs)
-        constants = _constants(function, held, set())
+        constants = constants_of(function, set())
         for constant in constants:  # function bodies have no initializers
             node = out.node.add(op_type="Constant", output=[constant.name])
             node.attribute.append(helper.make_attribute("value", inline("", untouched(constant))))
@@ -179,9 +179,13 @@ class Exporter:
             out.value_info.extend(_value_infos(function, held))
 
 
-def _constants(graph: gs.Graph, held: GraphOrigin, outer: set[int]) -> list[gs.Constant]:
-    """Return this graph's own constants: declared ones first, then those its nodes and outputs use."""
-    found = {id(c): c for c in held.declared if isinstance(c, gs.Constant)}
+def constants_of(graph: gs.Graph, outer: set[int]) -> list[gs.Constant]:
+    """Return a graph's own constants: declared ones first, then those its nodes and outputs use.
+
+    `outer` holds the ids of tensors that belong to a graph around it.
+    """
+    held: GraphOrigin | None = origin(graph)
+    found = {id(c): c for c in (held.declared if held else []) if isinstance(c, gs.Constant)}
     for tensor in [t for n in graph.nodes for t in n.inputs] + list(graph.outputs):
         if isinstance(tensor, gs.Constant) and id(tensor) not in outer:
             found.setdefault(id(tensor), tensor)

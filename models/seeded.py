@@ -83,9 +83,7 @@ def _weights(graph: onnx.GraphProto) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield tensor.name, tuple(tensor.dims)
 
 
-def _consumer(
-    tensor: str, consumers: dict[str, list[tuple[onnx.NodeProto, int]]]
-) -> tuple[onnx.NodeProto, int]:
+def _consumer(tensor: str, consumers: dict[str, list[tuple[onnx.NodeProto, int]]]) -> tuple[onnx.NodeProto, int]:
     """Return the node that computes with the weight, and the place it takes there, past any reshaping."""
     node, index = consumers[tensor][0]
     while node.op_type in _RESHAPING:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from graphopt.models.digits import demo_calibration, demo_data
 from graphopt.models.tasks import Predict, item_limit
 

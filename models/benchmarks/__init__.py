@@ -1,0 +1,1 @@
+"""Benchmark scripts whose output stands in docs/."""

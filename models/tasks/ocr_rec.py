@@ -1,0 +1,105 @@
+"""Reading lines of text with the PP-OCR recogniser: lines right, and characters right.
+
+Test and calibration lines have different seeds, and no text is in both.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import unicodedata
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+
+from graphopt.errors import ModelError
+from graphopt.models import zoo
+from graphopt.models.tasks import Array, Feeds, Predict, Scores, item_limit, render, text
+
+TEST_LINES, CALIBRATION_LINES = 2000, 128
+HEIGHT, WIDTH_STEP, BATCH = 48, 80, 8
+_SEEDS: dict[text.Split, int] = {"calibration": 101, "test": 202}
+_CHUNK = 128  # lines drawn at a time, then batched by width
+
+
+def calibration(limit: int | None = None) -> Iterator[Feeds]:
+    """Yield batches of up to 8 lines, ``x``: N, 3, 48, W with W a multiple of 80."""
+    for _, feeds in _batches("calibration", item_limit(limit, CALIBRATION_LINES)):
+        yield feeds
+
+
+def lines_right(predict: Predict, limit: int | None = None) -> Scores:
+    """Return, for each of 2,000 lines, 1.0 where every character is right, else 0.0."""
+    return np.array([float(read == true) for read, true in _readings(predict, limit)])
+
+
+def character_accuracy(predict: Predict, limit: int | None = None) -> Scores:
+    """Return, for each of 2,000 lines, 1 - edit distance / length of the longer text."""
+    readings = _readings(predict, limit)
+    return np.array([1.0 - edit_distance(read, true) / max(len(read), len(true)) for read, true in readings])
+
+
+def decode(probabilities: Array) -> list[str]:
+    """Return the texts of a batch (N, steps, characters): best per step, repeats and blanks dropped (CTC)."""
+    alphabet = characters()
+    texts = []
+    for best in probabilities.argmax(axis=2):
+        kept = best[(best != 0) & (np.diff(best, prepend=0) != 0)]
+        texts.append("".join(alphabet[index] for index in kept))
+    return texts
+
+
+@functools.cache
+def characters() -> tuple[str, ...]:
+    """Return what each class stands for: blank, the list in the model's metadata, space."""
+    model = onnx.load(str(zoo.fetch("ppocr-rec")), load_external_data=False)
+    listed = [entry.value for entry in model.metadata_props if entry.key == "character"]
+    if not listed:
+        raise ModelError("the recogniser's metadata holds no 'character' list", at="ppocr-rec")
+    return ("", *listed[0].splitlines(), " ")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Return how many characters must be inserted, deleted or replaced to turn ``a`` into ``b``."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]
+
+
+def samples(split: text.Split, count: int) -> Iterator[render.Line]:
+    """Yield the lines of a split, the same every time."""
+    for index in range(count):
+        yield render.line(np.random.default_rng([_SEEDS[split], index]), split)
+
+
+def _readings(predict: Predict, limit: int | None) -> list[tuple[str, str]]:
+    """Return (text read, true text) per test line.
+
+    Full-width forms count as plain ones, spaces at the ends not at all.
+    """
+    count = item_limit(limit, TEST_LINES)
+    readings = [("", "")] * count
+    for lines, feeds in _batches("test", count):
+        read = decode(next(iter(predict(feeds).values())))
+        for (index, line), seen in zip(lines, read, strict=True):
+            readings[index] = (unicodedata.normalize("NFKC", seen).strip(), line.text)
+    return readings
+
+
+def _batches(split: text.Split, count: int) -> Iterator[tuple[list[tuple[int, render.Line]], Feeds]]:
+    """Yield lines of about the same width with their index, and the feed they make."""
+    drawn = enumerate(samples(split, count))
+    while lines := list(itertools.islice(drawn, _CHUNK)):
+        by_width: dict[int, list[tuple[int, render.Line]]] = {}
+        for item in lines:
+            steps = -(-render.scaled_width(item[1].picture, HEIGHT) // WIDTH_STEP)
+            by_width.setdefault(steps * WIDTH_STEP, []).append(item)
+        for width, group in sorted(by_width.items()):
+            for start in range(0, len(group), BATCH):
+                part = group[start : start + BATCH]
+                x = render.network_input([line.picture for _, line in part], HEIGHT, width)
+                yield part, {"x": x}

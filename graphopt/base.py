@@ -54,6 +54,8 @@ class Context:
         target: where the result will run.
         seed: for every random choice.
         samples: representative feeds, when the user gave some.
+        original_bytes: size of the file that the original model makes.
+        notes: sentences for the report that are not about one change.
     """
 
     model: Model
@@ -62,6 +64,7 @@ class Context:
     seed: int = 0
     samples: Samples | None = None
     original_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
     _shapes: Shapes | None = None
     _names: set[str] | None = None
 
@@ -120,12 +123,14 @@ class Pass:
         exactness: `exact` passes are judged by error, `lossy` ones by gates.
         scope: `graph` runs on each graph (subgraphs and function bodies too, inner ones last), `model` once.
         stage: `canonical`, or `lowering` for what depends on the target.
+        changes_signature: whether it may change input and output names or types (its docstring says how).
     """
 
     name: ClassVar[str] = ""
     exactness: ClassVar[Exactness] = "exact"
     scope: ClassVar[Literal["graph", "model"]] = "graph"
     stage: ClassVar[Literal["canonical", "lowering"]] = "canonical"
+    changes_signature: ClassVar[bool] = False
 
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose changes to `graph`."""

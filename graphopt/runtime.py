@@ -42,7 +42,8 @@ def _import_ort() -> Any:
         raise ProviderError("ONNX Runtime is not installed", hint="pip install onnxruntime") from error
     if not hasattr(onnxruntime, "InferenceSession"):
         raise ProviderError(
-            "ONNX Runtime is installed, but broken", hint="two of its distributions overwrote each other: " + _reinstall()
+            "ONNX Runtime is installed, but broken",
+            hint="two of its distributions overwrote each other: " + _reinstall(),
         )
     return onnxruntime
 
@@ -146,7 +147,7 @@ class Session:
             raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}", at=where) from error
         if name not in self._session.get_providers():
             raise ProviderError(
-                f"ONNX Runtime could not load provider '{provider}' and fell back to {self._session.get_providers()[0]}",
+                f"ONNX Runtime could not load provider '{provider}'; it fell back to {self._session.get_providers()[0]}",
                 hint="its driver or libraries are missing or of another version",
             )
         self.input_names = [i.name for i in self._session.get_inputs()]

@@ -9,7 +9,6 @@ import onnx_graphsurgeon as gs
 
 from graphopt.errors import ModelError, did_you_mean
 from graphopt.importer import opset_of
-from graphopt.model import Model
 from graphopt.ops import STANDARD_DOMAINS
 from graphopt.order import sort_nodes
 
@@ -37,18 +36,20 @@ def check_proto(proto: onnx.ModelProto, where: str) -> None:
     known = {entry.domain for entry in proto.opset_import} | {f.domain for f in proto.functions}
     uses_standard = any(node.domain in STANDARD_DOMAINS for node in proto.graph.node)
     if version is None and uses_standard and proto.ir_version >= 3:
-        raise ModelError("the model imports no standard operator set", at=where, hint=f"its opset imports: {sorted(known)}")
+        raise ModelError(
+            "the model imports no standard operator set", at=where, hint=f"its opset imports: {sorted(known)}"
+        )
 
 
-def check_loaded(model: Model) -> None:
+def check_graphs(graphs: Iterable[gs.Graph], functions: Iterable[gs.Function]) -> None:
     """Check operators and order of every graph; nodes out of order are sorted.
 
     Raises:
         ModelError: an operator that its opset does not have, or a cycle.
     """
-    functions = {(f.domain, f.name) for f in model.functions}
-    for graph in model.graphs():
-        _check_operators(graph.nodes, graph.opset, functions)
+    local = {(f.domain, f.name) for f in functions}
+    for graph in graphs:
+        _check_operators(graph.nodes, graph.opset, local)
         sort_nodes(graph)
 
 

@@ -1,0 +1,455 @@
+"""The command line: reads options, calls the library, prints.  Nothing is decided here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from graphopt import registry, report, tables
+from graphopt.errors import GateMissed, GraphoptError, SpecError
+
+app = typer.Typer(
+    name="graphopt", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Make exported ONNX models faster and smaller, and prove it on ONNX Runtime.",
+    epilog="Exit codes: 0 done, 1 a gate or validation was missed, 2 the input is wrong, 3 a bug in graphopt.",
+)  # fmt: skip
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="where the result is written (may be MODEL itself)")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SAMPLES", help=".npz, folder of .npz, test_data_set folder, or file.py:function; default: random feeds"
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, help="rows of an .npz sample array in one feed")]
+Shape = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=1,3,224,224", help="shape of an input, for random feeds")
+]
+Seed = Annotated[int, typer.Option(help="for everything random")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+Threads = Annotated[int, typer.Option(min=1, help="ONNX Runtime's intra-op threads")]
+Provider = Annotated[str, typer.Option(help="cpu, cuda, openvino, …")]
+VerifyOption = Annotated[
+    Literal["each", "end", "off"], typer.Option(help="numeric check after each pass, at the end, or never")
+]
+FailureOption = Annotated[Literal["continue", "stop"], typer.Option(help="leave a failing pass out and go on, or stop")]
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", metavar="FILE_OR_FOLDER", help="Python files with passes of your own")
+]
+PrintAfter = Annotated[
+    list[str] | None, typer.Option(metavar="PASS|all", help="print what a pass changed, as a text diff (stderr)")
+]
+StopAfter = Annotated[str | None, typer.Option(metavar="PASS", help="end the pipeline after this pass")]
+Reproducers = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="where reproducers of failing passes are written [default: OUT.reproducers]"),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure/--no-measure", help="time the result; keep the input where it is not faster")
+]
+
+
+@app.command()
+def optimize(
+    model: ModelPath,
+    output: Output = None,
+    data: Data = None,
+    opset: Annotated[int, typer.Option(help="upgrade to at least this opset; 0 leaves it")] = 17,
+    pipeline: Annotated[
+        str | None,
+        typer.Option("--pipeline", "-p", metavar="SPEC|FILE.toml", help="passes to run instead of the default ones"),
+    ] = None,
+    measure: Measure = True,
+    verify: VerifyOption = "end",
+    on_failure: FailureOption = "continue",
+    threads: Threads = 1,
+    provider: Provider = "cpu",
+    shape: Shape = None,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+    print_after: PrintAfter = None,
+    stop_after: StopAfter = None,
+    reproducers: Reproducers = None,
+) -> None:
+    """Load, transform, verify, time, report; write OUT when it is valid."""
+    from graphopt.optimizer import optimize as run_optimize  # noqa: PLC0415  (heavy imports only when needed)
+    from graphopt.pipeline import Settings  # noqa: PLC0415
+
+    _load_plugins(plugin)
+    settings = Settings(
+        print_after=_known_passes(print_after), stop_after=_known_pass(stop_after),
+        reproducers=_reproducers(reproducers, output), printer=_print_diff,
+    )  # fmt: skip
+    with _working(f"optimizing {model.name}", as_json):
+        result = run_optimize(
+            model, pipeline=_pipeline(pipeline) if pipeline else None, data=data, measure=measure, verify=verify,
+            opset=opset or None, seed=seed, threads=threads, provider=provider, shapes=_shapes(shape), batch=batch,
+            settings=settings, on_failure=on_failure,
+        )  # fmt: skip
+    _finish(result, output, as_json)
+
+
+@app.command()
+def run(
+    model: ModelPath,
+    pipeline: Annotated[
+        str,
+        typer.Option(
+            "--pipeline",
+            "-p",
+            metavar="SPEC|FILE.toml",
+            help='"fold-constants,eliminate-dead{…}", or a TOML file of steps',
+        ),
+    ],
+    output: Output = None,
+    data: Data = None,
+    verify: VerifyOption = "end",
+    on_failure: FailureOption = "stop",
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="find the first change that breaks the outputs; writes nothing")
+    ] = False,
+    threads: Threads = 1,
+    provider: Provider = "cpu",
+    shape: Shape = None,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+    print_after: PrintAfter = None,
+    stop_after: StopAfter = None,
+    reproducers: Reproducers = None,
+) -> None:
+    """Run exactly the passes you name."""
+    from graphopt.base import Target  # noqa: PLC0415
+    from graphopt.data import load_samples  # noqa: PLC0415
+    from graphopt.model import load  # noqa: PLC0415
+    from graphopt.pipeline import Settings  # noqa: PLC0415
+    from graphopt.pipeline import bisect as run_bisect  # noqa: PLC0415
+
+    _load_plugins(plugin)
+    chosen = _pipeline(pipeline)
+    settings = Settings(
+        verify=verify, on_failure=on_failure, seed=seed, target=Target(provider, threads),
+        print_after=_known_passes(print_after), stop_after=_known_pass(stop_after),
+        reproducers=_reproducers(reproducers, output), printer=_print_diff,
+    )  # fmt: skip
+    loaded = load(model)
+    samples = None
+    if verify != "off" or bisect or data is not None:
+        samples = load_samples(data, loaded, batch=batch, seed=seed, shapes=_shapes(shape))
+    if bisect:
+        with _working("bisecting", as_json):
+            found = run_bisect(chosen, loaded, samples=samples, settings=settings)
+        _emit({"bisect": found}, as_json, found)
+        return
+    with _working(f"running {len(chosen.steps)} steps", as_json):
+        result = chosen.run(loaded, samples=samples, settings=settings)
+    _finish(result, output, as_json)
+
+
+@app.command()
+def validate(
+    reference: Annotated[Path, typer.Argument(metavar="A", help="the original model")],
+    candidate: Annotated[Path, typer.Argument(metavar="B", help="the model to check against it")],
+    data: Data = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="largest error, relative to the largest output [default: 1e-4]")
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE.py:FUNCTION",
+            help="task metric: gets predict(feeds) -> outputs, returns a number or one per item; higher is better",
+        ),
+    ] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(metavar="X|X%", help="largest drop of the metric, in its units or relative with %")
+    ] = None,
+    locate: Annotated[bool, typer.Option("--locate", help="find the first inner tensor that differs")] = False,
+    provider: Provider = "cpu",
+    other_provider: Annotated[str | None, typer.Option(help="run B on this provider instead")] = None,
+    threads: Threads = 1,
+    shape: Shape = None,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Do the two models agree?  Exit 0 if so, 1 if not."""
+    from graphopt.data import load_samples  # noqa: PLC0415
+    from graphopt.model import load  # noqa: PLC0415
+    from graphopt.validate import validate as run_validate  # noqa: PLC0415
+
+    first = load(reference)
+    samples = load_samples(data, first, batch=batch, seed=seed, shapes=_shapes(shape))
+    with _working("comparing", as_json):
+        result = run_validate(
+            first, load(candidate), samples, rtol=tolerance, evaluate=evaluate, max_drop=max_drop, locate=locate,
+            provider=provider, other_provider=other_provider, threads=threads, seed=seed,
+        )  # fmt: skip
+    _emit(result.to_dict(), as_json, tables.validation(result))
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    first: Annotated[Path, typer.Argument(metavar="A", help="the model to compare with")],
+    second: Annotated[Path | None, typer.Argument(metavar="[B]", help="the model to time against it")] = None,
+    data: Data = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=3, help="pairs to time [default: until the interval is narrow]")
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="measure peak memory too, each in a process of its own")
+    ] = False,
+    per_node: Annotated[
+        bool, typer.Option("--per-node", help="where the time goes, by original node and by operator")
+    ] = False,
+    threads: Threads = 1,
+    provider: Provider = "cpu",
+    shape: Shape = None,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Time two models against each other, interleaved: ratio with its 95 % interval."""
+    from graphopt.data import load_samples  # noqa: PLC0415
+    from graphopt.model import load  # noqa: PLC0415
+    from graphopt.profile import per_node as run_per_node  # noqa: PLC0415
+    from graphopt.timing import bench as run_bench  # noqa: PLC0415
+
+    model = load(first)
+    samples = load_samples(data, model, batch=batch, seed=seed, shapes=_shapes(shape))
+    if second is None and not per_node:
+        raise SpecError("bench compares two models", hint="graphopt bench A B; for one model: bench A --per-node")
+    document: dict[str, Any] = {}
+    shown: list[Any] = []
+    if second is not None:
+        other = load(second)
+        with _working("timing", as_json):
+            timed = run_bench(
+                model, other, samples, rounds=rounds, memory=memory, threads=threads, provider=provider, seed=seed
+            )
+        document.update(timed.to_dict())
+        shown.append(tables.bench(timed))
+    if per_node:
+        for path, loaded in [(first, model)] + ([(second, other)] if second is not None else []):
+            profile = run_per_node(loaded, samples, threads=threads, provider=provider)
+            document.setdefault("per_node", {})[str(path)] = profile.to_dict()
+            shown.append(tables.per_node(profile, path.name))
+    _emit(document, as_json, *shown)
+
+
+@app.command()
+def inspect(
+    model: ModelPath,
+    shape: Shape = None,
+    nodes: Annotated[bool, typer.Option("--nodes/--no-nodes", help="the per-node table")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show nodes, operators, parameters, bytes, MACs and dynamic dimensions."""
+    from graphopt.inspect import inspect as run_inspect  # noqa: PLC0415
+
+    found = run_inspect(model, shapes=_shapes(shape))
+    _emit(found.to_dict(), as_json, tables.inspection(found, nodes=nodes))
+
+
+@app.command()
+def passes(plugin: Plugins = None, as_json: AsJson = False) -> None:
+    """List every pass with its options, one line each."""
+    _load_plugins(plugin)
+    rows = [
+        {"name": name, "options": cls.option_defaults(), "exactness": cls.exactness, "stage": cls.stage, "summary": cls.summary()}
+        for name, cls in registry.all_passes().items()
+    ]  # fmt: skip
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("pass", "options", "", "what it does"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        table.add_row(row["name"], options, row["exactness"], row["summary"])
+    _emit({"passes": rows}, as_json, table)
+
+
+@app.command()
+def demo(output: Output = None, seed: Seed = 0, as_json: AsJson = False) -> None:
+    """Do the main job on a small trained model that comes with graphopt."""
+    from graphopt.demo import run_demo  # noqa: PLC0415
+
+    with _working("optimizing the digits model", as_json):
+        result = run_demo(seed)
+    if output is not None:
+        result.optimized.save(output)
+    _emit(result.to_dict(), as_json, tables.demonstration(result, output))
+
+
+@app.command()
+def zoo(
+    names: Annotated[list[str] | None, typer.Argument(help="models to fetch; none: list them all")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the model zoo, or fetch models into the cache and print where they are."""
+    from graphopt.models import zoo as models  # noqa: PLC0415
+
+    if names:
+        found = {name: str(models.fetch(name)) for name in names}
+        _emit(found, as_json, "\n".join(found.values()))
+        return
+    entries = {name: models.get(name) for name in models.names()}
+    rows = {name: {f.name: getattr(e, f.name) for f in fields(e)} for name, e in entries.items()}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("model", "package", "licence"):
+        table.add_column(title, overflow="fold")
+    for name, row in rows.items():
+        table.add_row(name, f"{row.get('package', '')} {row.get('version', '')}", str(row.get("licence", "")))
+    _emit(json.loads(json.dumps(rows, default=str)), as_json, table)
+
+
+def _finish(result: Any, output: Path | None, as_json: bool) -> None:
+    """Write the result and print its report."""
+    verification = result.report.verification
+    if verification is not None and not verification["ok"]:
+        raise GateMissed(
+            "the result does not give the original's outputs: " + "; ".join(verification["failures"]),
+            hint="nothing was written; --verify each or --bisect finds the pass",
+        )
+    if output is not None:
+        result.save(output)
+    document = {**result.report.to_dict(), "output": str(output) if output else None}
+    written = f"wrote {output}" if output else "nothing written: give -o OUT"
+    _emit(document, as_json, report.render(result.report), written)
+
+
+def _emit(document: Any, as_json: bool, *shown: Any) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2, default=_plain, allow_nan=False) + "\n")
+        return
+    for part in shown:
+        out.print(part)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):
+        return value.item()
+    return str(value)
+
+
+def _print_diff(text: str) -> None:
+    err.print(text, markup=False, end="")
+
+
+@contextlib.contextmanager
+def _working(what: str, as_json: bool) -> Iterator[None]:
+    """Show a spinner on stderr while working, on a terminal only."""
+    if as_json or not err.is_terminal:
+        yield
+        return
+    with err.status(what):
+        yield
+
+
+def _load_plugins(paths: list[Path] | None) -> None:
+    for path in paths or []:
+        registry.load_plugin(path)
+
+
+def _known_pass(name: str | None) -> str | None:
+    if name is not None:
+        registry.get(name)
+    return name
+
+
+def _known_passes(names: list[str] | None) -> frozenset[str]:
+    for name in names or []:
+        if name != "all":
+            registry.get(name)
+    return frozenset(names or [])
+
+
+def _pipeline(given: str) -> Any:
+    from graphopt.optimizer import read_pipeline  # noqa: PLC0415
+    from graphopt.pipeline import Pipeline  # noqa: PLC0415
+
+    return read_pipeline(given) if given.endswith(".toml") else Pipeline(given)
+
+
+def _reproducers(folder: Path | None, output: Path | None) -> Path | None:
+    if folder is not None or output is None:
+        return folder
+    return output.with_name(output.name + ".reproducers")
+
+
+def _shapes(given: list[str] | None) -> dict[str, tuple[int, ...]] | None:
+    """Return `NAME=1,3,224,224` options as a mapping.
+
+    Raises:
+        SpecError: not of that form.
+    """
+    if not given:
+        return None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for item in given:
+        name, _, dims = item.rpartition("=")
+        try:
+            shapes[name] = tuple(int(d) for d in dims.split(",")) if dims else ()
+        except ValueError:
+            name = ""
+        if not name or any(d < 0 for d in shapes.get(name, ())):
+            raise SpecError(f"--shape {item!r} is not understood", hint="--shape NAME=1,3,224,224")
+    return shapes
+
+
+def _fail(error: GraphoptError) -> NoReturn:
+    err.print(f"error: {error}", markup=False, style="red")
+    sys.exit(error.exit_code)
+
+
+def _bug(error: BaseException) -> NoReturn:
+    """Report a bug of ours: where the details are, exit code 3."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="graphopt-bug-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(" ".join(sys.argv) + "\n\n" + "".join(traceback.format_exception(error)))
+    err.print(f"a bug in graphopt: {type(error).__name__}: {error}", markup=False, style="red")
+    err.print(f"  details: {file.name}\n  hint: please report it with that file", markup=False)
+    sys.exit(3)
+
+
+def main() -> None:
+    """Run the command line; exit codes as in the help."""
+    try:
+        code = app(standalone_mode=False)
+    except GraphoptError as error:
+        _fail(error)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted; nothing was written")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:  # noqa: BLE001  (the last resort: bugs get a file, not a traceback)
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's own
+            error.show()
+            sys.exit(error.exit_code)
+        _bug(error)
+    sys.exit(code if isinstance(code, int) else 0)

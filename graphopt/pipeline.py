@@ -1,0 +1,372 @@
+"""Runs passes over a model: applies their changes, checks the model after each, rolls back what fails.
+
+    load → passes → structural check after each → numeric check (each / end) → profit gate → result
+
+The caller's model is never touched.  Snapshots keep the structure and share the weights, so rolling back costs
+no memory to speak of.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from graphopt import registry, spec, text
+from graphopt.base import Change, Context, Pass, Target
+from graphopt.data import Samples
+from graphopt.errors import GateMissed, GraphoptError, ModelError, SpecError
+from graphopt.model import Model, Snapshot, Source, from_snapshot, load
+from graphopt.order import sort_nodes
+from graphopt.report import PassRecord, Report, Size
+from graphopt.reproducer import save_reproducer
+from graphopt.runtime import evaluate
+from graphopt.structure import Structure
+from graphopt.validate import Reference
+
+Verify = Literal["each", "end", "off"]
+OnFailure = Literal["continue", "stop"]
+Printer = Callable[[str], None]
+
+MAX_BLOCKED = 200
+"""Near misses kept per pass in the report."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a pipeline runs.
+
+    Attributes:
+        verify: numeric checks against the original, ORT optimisations off and on: after each pass, at the end, or
+            never.  Structural checks are always made.
+        on_failure: `continue` rolls a failing pass back and goes on; `stop` raises.
+        seed: for everything random.
+        target: where the result will run.
+        print_after: pass names whose text diff is printed, or `all`.
+        stop_after: name of a pass after whose first run the pipeline ends.
+        limit: apply only the first `limit` changes (what bisection varies).
+        reproducers: folder for reproducers of failing passes, None to write none.
+        printer: takes what `print_after` prints.
+    """
+
+    verify: Verify = "end"
+    on_failure: OnFailure = "continue"
+    seed: int = 0
+    target: Target = field(default_factory=Target)
+    print_after: frozenset[str] = frozenset()
+    stop_after: str | None = None
+    limit: int | None = None
+    reproducers: Path | None = None
+    printer: Printer = print
+
+
+@dataclass
+class Result:
+    """A finished run: the model, and what was done to it."""
+
+    model: Model
+    report: Report
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The model as a new `ModelProto`; above 2 GB, external data stays a reference."""
+        return self.model.proto
+
+    def save(self, path: str | Path) -> None:
+        """Write the model atomically.
+
+        Raises:
+            ModelError: it cannot be written; what was there is unchanged.
+        """
+        self.model.save(path)
+
+
+class StopPipelineError(GateMissed):
+    """A pass failed and `on_failure` is `stop`."""
+
+
+class Pipeline:
+    """A sequence of passes.
+
+    Args:
+        steps: a text form (`"fold-constants,eliminate-dead"`), pass objects, or steps of `graphopt.spec`.
+
+    Raises:
+        SpecError: a pass or option that does not exist.
+    """
+
+    def __init__(self, steps: str | Iterable[spec.Step | Pass]) -> None:
+        parsed = spec.parse(steps) if isinstance(steps, str) else steps
+        self.steps: tuple[spec.Step, ...] = tuple(_as_step(s) for s in parsed)
+        for step in _pass_steps(self.steps):
+            make_pass(step)
+
+    def __str__(self) -> str:
+        return spec.to_text(self.steps)
+
+    def run(self, model: Source, *, samples: Samples | None = None, settings: Settings | None = None) -> Result:
+        """Run the passes over a copy of `model`.
+
+        Args:
+            model: a path, `Model` or `ModelProto`; left untouched.
+            samples: feeds for numeric checks; None makes random ones when checks are on.
+            settings: see `Settings`.
+
+        Raises:
+            GraphoptError: the model or samples are not usable, or a pass failed and `on_failure` is `stop`.
+        """
+        return Run(self, load(model), samples, settings or Settings()).finish()
+
+
+def _as_step(step: spec.Step | Pass) -> spec.Step:
+    if isinstance(step, Pass):
+        return spec.PassStep(step.name, step.options())
+    return step
+
+
+def _pass_steps(steps: Iterable[spec.Step]) -> Iterator[spec.PassStep]:
+    for step in steps:
+        if isinstance(step, spec.PassStep):
+            yield step
+        else:
+            yield from _pass_steps(step.steps)
+
+
+def make_pass(step: spec.PassStep) -> Pass:
+    """Return the pass of a step.
+
+    Raises:
+        SpecError: no such pass or option.
+    """
+    return registry.get(step.name).from_options(step.options)
+
+
+def size_of(model: Model) -> Size:
+    """Return node, initializer and byte counts of a model."""
+    nodes = sum(1 for node in model.nodes() if node.op != "Constant")
+    return Size(nodes, len(model.constants()), model.weight_bytes())
+
+
+class Run:
+    """One run of a pipeline over one model."""
+
+    def __init__(self, pipeline: Pipeline, model: Model, samples: Samples | None, settings: Settings) -> None:
+        self.pipeline = pipeline
+        self.settings = settings
+        self.original = model
+        self.model = model.copy()
+        self.samples = samples
+        self.structure = Structure.of(model)
+        self.applied = 0
+        self.last_change = ""
+        self.stopped = False
+        self.snapshot = self.model.snapshot()
+        self._pending = self.snapshot
+        self.exactness: Literal["exact", "lossy"] = "exact"
+        size = size_of(model)
+        self.report = Report(
+            model=str(model.path or "<memory>"), pipeline=str(pipeline), seed=settings.seed, before=size, after=size,
+            opset_before=model.opset, opset_after=model.opset,
+        )  # fmt: skip
+        self._reference: Reference | None = None
+        self._bytes = model.emitted_bytes()
+
+    @property
+    def reference(self) -> Reference:
+        """The original's outputs on the samples, computed once."""
+        if self._reference is None:
+            self._reference = make_reference(self.original, self.samples, self.settings)
+        return self._reference
+
+    def finish(self) -> Result:
+        """Run everything and return the result."""
+        started = time.perf_counter()
+        self._steps(self.pipeline.steps)
+        if self.settings.verify != "off":
+            self._verify_end()
+        self.report.after = size_of(self.model)
+        self.report.opset_after = self.model.opset
+        self.report.seconds = time.perf_counter() - started
+        return Result(self.model, self.report)
+
+    def _steps(self, steps: Sequence[spec.Step]) -> bool:
+        """Run steps in order; return whether any changed the model."""
+        changed = False
+        for step in steps:
+            if self.stopped:
+                break
+            if isinstance(step, spec.PassStep):
+                changed |= self._pass(make_pass(step))
+                continue
+            for _ in range(step.times):
+                if not self._steps(step.steps):
+                    break
+                changed = True
+        return changed
+
+    def _pass(self, step: Pass) -> bool:
+        before = size_of(self.model)
+        record = PassRecord(step.name, step.options(), before, before)
+        self.report.passes.append(record)
+        started = time.perf_counter()
+        shown = self._shown(step.name)
+        text_before = text.to_text(self.model) if shown else ""
+        try:
+            changed = self._apply(step, record) and self._accept(step, record)
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:  # noqa: BLE001  (a pass may be anybody's code: roll back, report, go on)
+            self._roll_back(step, record, error)
+            changed = False
+        record.seconds = time.perf_counter() - started
+        record.after = size_of(self.model)
+        if shown:
+            self.settings.printer(text.diff(text_before, text.to_text(self.model)) or f"{step.name}: no change\n")
+        if step.name == self.settings.stop_after:
+            self.stopped = True
+        return changed
+
+    def _shown(self, name: str) -> bool:
+        return name in self.settings.print_after or "all" in self.settings.print_after
+
+    def _apply(self, step: Pass, record: PassRecord) -> bool:
+        """Apply a pass's changes; return whether the model is another one now."""
+        context = Context(self.model, evaluate, self.settings.target, self.settings.seed, self.samples, self._bytes)
+        graphs = list(self.model.graphs()) if step.scope == "graph" else [self.model.graph]
+        for graph in graphs:
+            for change in step.run(graph, context):
+                self._change(change, record)
+        record.notes += context.notes
+        for graph in self.model.graphs():
+            sort_nodes(graph)
+        if record.changes == 0:
+            return False
+        after = self.model.snapshot()
+        if same_snapshot(self.snapshot, after):
+            return False
+        self._pending = after
+        return True
+
+    def _change(self, change: Change, record: PassRecord) -> None:
+        if change.apply is None:
+            if len(record.blocked) < MAX_BLOCKED:
+                record.blocked.append({"where": change.where, "what": change.what, "why": change.why})
+            return
+        if self.settings.limit is not None and self.applied >= self.settings.limit:
+            return
+        change.apply()
+        self.applied += 1
+        self.last_change = f"{record.name}: {change.where}: {change.what}"
+        record.changes += 1
+
+    def _accept(self, step: Pass, record: PassRecord) -> bool:
+        """Check the changed model; keep it."""
+        if not step.changes_signature:
+            self.structure.check(self.model)
+        exactness = "lossy" if "lossy" in (self.exactness, step.exactness) else "exact"
+        if self.settings.verify == "each":
+            checked = self.reference.check(self.model, exactness=exactness)
+            if not checked.ok:
+                raise ModelError("the outputs differ: " + "; ".join(checked.failures))
+        self.exactness = exactness  # type: ignore[assignment]
+        self.snapshot = self._pending
+        record.status = "changed"
+        return True
+
+    def _roll_back(self, step: Pass, record: PassRecord, error: Exception) -> None:
+        failed = self.model
+        self.model = from_snapshot(self.snapshot, failed.path)
+        record.status = "rolled back"
+        expected = isinstance(error, GraphoptError)
+        record.failure = str(error) if expected else f"{type(error).__name__}: {error}"
+        detail = record.failure if expected else "".join(traceback.format_exception(error))
+        if self.settings.reproducers is not None:
+            reference = self.reference if self.settings.verify == "each" else None
+            folder = save_reproducer(self.settings.reproducers, step, self.model, failed, reference, detail)
+            record.reproducer = str(folder)
+        if self.settings.on_failure == "stop":
+            raise StopPipelineError(
+                f"pass '{step.name}' failed: {record.failure}",
+                at=record.reproducer,
+                hint="--on-failure continue rolls it back and goes on; --bisect finds the change",
+            ) from error
+
+    def _verify_end(self) -> None:
+        """Check the result; when it fails, run again with a check after each pass, which leaves out the culprit."""
+        checked = self.reference.check(self.model, exactness=self.exactness)
+        self.report.samples = self.reference.description
+        if checked.ok or self.settings.verify == "each" or self.settings.limit is not None:
+            self.report.verification = checked.to_dict()
+            return
+        self.model = self.original.copy()
+        self.snapshot = self.model.snapshot()
+        self.exactness, self.stopped = "exact", False
+        self.report.passes.clear()
+        self.settings = Settings(**{**vars(self.settings), "verify": "each"})
+        self._steps(self.pipeline.steps)
+        self.report.verification = self.reference.check(self.model, exactness=self.exactness).to_dict()
+
+
+def make_reference(model: Model, samples: Samples | None, settings: Settings) -> Reference:
+    """Return the original's outputs on `samples`, random feeds when there are none."""
+    from graphopt.data import load_samples  # noqa: PLC0415
+
+    feeds = samples if samples is not None else load_samples(None, model, seed=settings.seed)
+    return Reference(model, feeds, threads=settings.target.threads, provider=settings.target.provider)
+
+
+def same_snapshot(a: Snapshot, b: Snapshot) -> bool:
+    """Tell whether two snapshots hold the same model (weights compared by identity, then by value)."""
+    if len(a.weights) != len(b.weights) or a.proto != b.proto:
+        return False
+    return all(x is y or _same_values(x, y) for x, y in zip(a.weights, b.weights, strict=True))
+
+
+def _same_values(x: Any, y: Any) -> bool:
+    left = x.load() if hasattr(x, "load") else x
+    right = y.load() if hasattr(y, "load") else y
+    return bool(left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes())
+
+
+def bisect(
+    pipeline: Pipeline, model: Source, *, samples: Samples | None = None, settings: Settings | None = None
+) -> str:
+    """Find the first change that breaks the model; return it in words.
+
+    Runs the pipeline with the first n changes only, n by binary search, each result checked against the original.
+
+    Raises:
+        SpecError: the whole pipeline breaks nothing.
+    """
+    base = Settings(**{**vars(settings or Settings()), "verify": "off", "on_failure": "stop", "reproducers": None})
+    original = load(model)
+    reference = make_reference(original, samples, base)
+
+    def attempt(limit: int | None) -> tuple[bool, int, str]:
+        run = Run(pipeline, original, samples, Settings(**{**vars(base), "limit": limit}))
+        try:
+            result = run.finish()
+        except StopPipelineError as error:
+            return False, run.applied, f"{run.last_change} ({error.what})"
+        fine = reference.check(result.model, exactness=run.exactness)
+        return fine.ok, run.applied, f"{run.last_change} ({'; '.join(fine.failures)})"
+
+    fine, total, what = attempt(None)
+    if fine:
+        raise SpecError("nothing to bisect: the whole pipeline keeps the outputs", hint="give the failing --data")
+    low, high = 0, total
+    while high - low > 1:
+        middle = (low + high) // 2
+        fine, _, found = attempt(middle)
+        if fine:
+            low = middle
+        else:
+            high, what = middle, found
+    if high == total and total:
+        _, _, what = attempt(high)
+    return f"change {high} of {total}: {what}"

@@ -83,7 +83,7 @@ class Context:
         self._names = None
 
     def fresh_name(self, base: str) -> str:
-        """Return a tensor or node name that no graph of the model uses: `base`, or `base_1`, `base_2`, …"""
+        """Return a tensor or node name that no graph of the model uses: `base`, else `base_1` and so on."""
         if self._names is None:
             self._names = all_names(self.model)
         name, number = base, 0
@@ -132,7 +132,7 @@ class Pass:
     stage: ClassVar[Literal["canonical", "lowering"]] = "canonical"
     changes_signature: ClassVar[bool] = False
 
-    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
+    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:  # noqa: ARG002  (what subclasses define)
         """Propose changes to `graph`."""
         raise TypeError(f"{type(self).__name__} does not define run()")
 

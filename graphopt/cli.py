@@ -279,9 +279,15 @@ def passes(plugin: Plugins = None, as_json: AsJson = False) -> None:
     """List every pass with its options, one line each."""
     _load_plugins(plugin)
     rows = [
-        {"name": name, "options": cls.option_defaults(), "exactness": cls.exactness, "stage": cls.stage, "summary": cls.summary()}
+        {
+            "name": name,
+            "options": cls.option_defaults(),
+            "exactness": cls.exactness,
+            "stage": cls.stage,
+            "summary": cls.summary(),
+        }
         for name, cls in registry.all_passes().items()
-    ]  # fmt: skip
+    ]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("pass", "options", "", "what it does"):
         table.add_column(title, overflow="fold")

@@ -133,9 +133,12 @@ class _Parser:
 
 
 def _closing_brace(text: str) -> int | None:
-    depth, quote = 0, ""
+    depth, quote, escaped = 0, "", False
     for i, character in enumerate(text):
-        if quote:
+        if escaped:
+            escaped = False
+        elif quote:
+            escaped = quote == '"' and character == "\\"
             quote = "" if character == quote else quote
         elif character in "\"'":
             quote = character
@@ -148,7 +151,7 @@ def _closing_brace(text: str) -> int | None:
     return None
 
 
-_BARE = re.compile(r"""("[^"]*"|'[^']*')|(?<=[=\[,])(\s*)([A-Za-z_][\w./-]*)(?=\s*(?:[,\]}]|$))""")
+_BARE = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*')|(?<=[=\[,])(\s*)([A-Za-z_][\w./-]*)(?=\s*(?:[,\]}]|$))""")
 
 
 def _quote_bare(text: str) -> str:

@@ -1,0 +1,355 @@
+"""Two models -> how long each takes, and how many times as long B takes as A.
+
+One process, two sessions, the same feeds.  Pairs are timed AB BA AB BA, so that drift cancels, in rounds: each
+round makes both sessions anew (in alternating order, since the one made second lies elsewhere in memory), warms
+them up and times some pairs.  The plan comes from the time one run takes and from the time allowed.  Rounds are
+doubled while the interval is wider than asked for and time is left: the rule looks at the width, never at the
+ratio, and only at those few points, so that it does not favour either model.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt import environment
+from graphopt.data import load_samples
+from graphopt.errors import DataError, SpecError
+from graphopt.importer import paused_gc
+from graphopt.memory import peak_memory
+from graphopt.model import Model, load
+from graphopt.ratio import Ratio, Times, paired
+from graphopt.runtime import Feeds, Runnable, Session
+
+__all__ = ["Bench", "ModelTiming", "Plan", "Ratio", "bench", "paired", "quick_ratio"]
+
+MAX_FEEDS = 16
+"""Feeds held in memory while timing; pairs take them in turn."""
+
+_SPINNING = {"session.force_spinning_stop": "1"}
+"""Threads of one session must not spin while the other runs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure.
+
+    Attributes:
+        rounds: rounds of fresh sessions before the width is looked at.
+        round_seconds: time to spend on the pairs of one round.
+        max_seconds: no further rounds begin after this.
+        precision: width of the interval (as a part of the ratio) at which to stop; None takes the rounds as given.
+        warmup: untimed runs of each session in each round.
+        min_time: seconds that one measurement lasts at least; faster models are run several times for it.
+    """
+
+    rounds: int = 10
+    round_seconds: float = 0.8
+    max_seconds: float = 40.0
+    precision: float | None = 0.03
+    warmup: int = 3
+    min_time: float = 0.0005
+
+
+@dataclass(frozen=True)
+class ModelTiming:
+    """Timings of one model, in seconds.
+
+    `load` is the median time to make a session (file in the page cache).  `peak_bytes` is what a process of its
+    own needs, above its imports, to load the model and run it once; None where not measured.
+    """
+
+    name: str
+    median: float
+    p90: float
+    p99: float
+    load: float
+    peak_bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; times in milliseconds."""
+        return {
+            "name": self.name,
+            "median_ms": self.median * 1e3,
+            "p90_ms": self.p90 * 1e3,
+            "p99_ms": self.p99 * 1e3,
+            "load_ms": self.load * 1e3,
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `bench` measured.
+
+    Attributes:
+        a, b: each model's own timings.
+        paired: the ratio of b to a with its interval.
+        runs_per_measurement: above 1 for very fast models, whose percentiles are then of means over so many runs.
+        samples: what was fed.
+        seconds: how long the whole measurement took.
+        environment: where, with threads and provider.
+    """
+
+    a: ModelTiming
+    b: ModelTiming
+    paired: Ratio
+    runs_per_measurement: int
+    samples: str
+    seconds: float
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Time of B over time of A, the median over pairs."""
+        return self.paired.median
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ratio's interval."""
+        return self.paired.low, self.paired.high
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one row per model, for a terminal."""
+        rows = [self.a.to_dict(), self.b.to_dict()]
+        return [{**row, "ratio": ratio} for row, ratio in zip(rows, ("1", str(self.paired)), strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            **self.paired.to_dict(),
+            "a": self.a.to_dict(),
+            "b": self.b.to_dict(),
+            "runs_per_measurement": self.runs_per_measurement,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "environment": self.environment,
+        }
+
+
+@dataclass
+class _Record:
+    """Rows of seconds per run, one row per round; seconds to load, one per round."""
+
+    times: tuple[list[Times], list[Times]] = field(default_factory=lambda: ([], []))
+    loads: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    repeat: int = 1
+    pairs: int = 0
+
+
+def bench(
+    a: Runnable,
+    b: Runnable,
+    samples: Iterable[Feeds] | None = None,
+    *,
+    rounds: int | None = None,
+    warmup: int = 3,
+    threads: int = 1,
+    provider: str = "cpu",
+    min_time: float = 0.0005,
+    max_seconds: float = 40.0,
+    precision: float = 0.03,
+    seed: int = 0,
+    confidence: float = 0.95,
+    memory: bool = False,
+    custom_ops: Sequence[Path] = (),
+) -> Bench:
+    """Time two models against each other.
+
+    Args:
+        a: the model to compare with; a path is loaded by ORT as it lies there.
+        b: the model to time.
+        samples: feeds for both, at most the first `MAX_FEEDS` are used; None makes one random feed.
+        rounds: rounds of fresh sessions; None takes ten, and more while the interval is wider than `precision`.
+        warmup: untimed runs of each session in each round.
+        threads: ORT's intra-op threads.
+        provider: short name of the execution provider.
+        min_time: seconds that one measurement lasts at least.
+        max_seconds: no further rounds begin after this (never fewer than ten, or `rounds`).
+        precision: width of the interval, relative to the ratio, that is narrow enough.
+        seed: of the order of runs, the bootstrap and random feeds.
+        confidence: level of the interval.
+        memory: also measure peak memory, each model in a process of its own.
+        custom_ops: libraries of custom operators to load.
+
+    Raises:
+        ModelError: ORT refuses a model.
+        DataError: the feeds do not fit both models, or there are none.
+        ProviderError: the provider is missing.
+        SpecError: an option is out of range.
+    """
+    if rounds is not None and rounds < 1:
+        raise SpecError(f"rounds must be at least 1, not {rounds}")
+    plan = Plan(warmup=warmup, min_time=min_time, max_seconds=max_seconds, precision=precision)
+    if rounds is not None:
+        plan = Plan(rounds, warmup=warmup, min_time=min_time, precision=None)
+    started = time.perf_counter()
+    feeds, description = _feeds(a, samples, seed)
+    with _on_disk((a, b)) as paths:
+        timer = _Timer(paths, feeds, plan, seed, threads=threads, provider=provider, custom_ops=custom_ops)
+        record = timer.run(confidence)
+        peaks = [
+            peak_memory(p, feeds[0], threads=threads, provider=provider, custom_ops=custom_ops) if memory else None
+            for p in paths
+        ]
+    models = [_summary(m, n, record, i, peaks[i]) for i, (m, n) in enumerate(((a, "a"), (b, "b")))]
+    return Bench(
+        models[0], models[1], paired(*record.times, confidence=confidence, seed=seed), record.repeat, description,
+        time.perf_counter() - started, environment.describe(threads=threads, provider=provider),
+    )  # fmt: skip
+
+
+def quick_ratio(
+    a: Runnable,
+    b: Runnable,
+    samples: Iterable[Feeds] | None = None,
+    *,
+    budget_s: float = 2.0,
+    threads: int = 1,
+    provider: str = "cpu",
+    seed: int = 0,
+    confidence: float = 0.95,
+    custom_ops: Sequence[Path] = (),
+) -> Ratio:
+    """Return the ratio b/a from a short measurement of about `budget_s` seconds, loading not counted.
+
+    Six rounds; models that take long get two pairs in each.  Arguments and errors are those of `bench`.
+    """
+    plan = Plan(rounds=6, round_seconds=budget_s / 6, precision=None)
+    feeds, _ = _feeds(a, samples, seed)
+    with _on_disk((a, b)) as paths:
+        timer = _Timer(paths, feeds, plan, seed, threads=threads, provider=provider, custom_ops=custom_ops)
+        record = timer.run(confidence)
+    found = paired(*record.times, confidence=confidence, seed=seed)
+    return Ratio(
+        found.median, found.low, found.high, confidence, found.pairs, found.rounds,
+        {"threads": threads, "provider": provider},
+    )  # fmt: skip
+
+
+class _Timer:
+    """Times rounds of pairs until the plan is fulfilled."""
+
+    def __init__(
+        self, paths: tuple[Path, Path], feeds: list[Feeds], plan: Plan, seed: int, *,
+        threads: int, provider: str, custom_ops: Sequence[Path],
+    ) -> None:  # fmt: skip
+        self.paths, self.feeds, self.plan, self.seed = paths, feeds, plan, seed
+        self.rng = np.random.default_rng(seed)
+        self.first = int(self.rng.integers(2))
+        config = _SPINNING if threads != 1 else {}
+        self.session = lambda path: Session(
+            path, threads=threads, provider=provider, custom_ops=custom_ops, config=config
+        )
+
+    def run(self, confidence: float) -> _Record:
+        """Return the timings of all rounds; the number of rounds doubles until the interval is narrow."""
+        record = _Record()
+        deadline = time.perf_counter() + self.plan.max_seconds
+        wanted = self.plan.rounds
+        while True:
+            for number in range(len(record.times[0]), wanted):
+                self._round(number, record)
+                late = time.perf_counter() > deadline
+                if late and number + 1 >= self.plan.rounds:
+                    return record
+            if self.plan.precision is None:
+                return record
+            if paired(*record.times, confidence=confidence, seed=self.seed).width <= self.plan.precision:
+                return record
+            wanted *= 2
+
+    def _round(self, number: int, record: _Record) -> None:
+        order = (0, 1) if (number + self.first) % 2 == 0 else (1, 0)
+        sessions: dict[int, Session] = {}
+        for i in order:
+            begun = time.perf_counter()
+            sessions[i] = self.session(self.paths[i])
+            record.loads[i].append(time.perf_counter() - begun)
+        calls = tuple([sessions[i].prepared(feed) for feed in self.feeds] for i in (0, 1))
+        gc.collect()
+        with paused_gc():
+            for k, i in itertools.product(range(self.plan.warmup), order):
+                calls[i][k % len(self.feeds)]()
+            if not record.pairs:
+                record.repeat, record.pairs = self._sizes(calls)
+            times = self._pairs(calls, record)
+        for i in (0, 1):
+            record.times[i].append(times[i])
+
+    def _sizes(self, calls: Sequence[Sequence[Callable[[], object]]]) -> tuple[int, int]:
+        """Return runs per measurement and (even) pairs per round."""
+        single = [min(_seconds(call[0], 1) for _ in range(3)) for call in calls]
+        repeat = max(1, round(self.plan.min_time / max(min(single), 1e-7)))
+        return repeat, 2 * max(1, round(self.plan.round_seconds / (2 * repeat * sum(single))))
+
+    def _pairs(self, calls: Sequence[Sequence[Callable[[], object]]], record: _Record) -> tuple[Times, Times]:
+        times = np.empty((2, record.pairs))
+        flip = int(self.rng.integers(2))
+        for pair in range(record.pairs):
+            for i in ((0, 1), (1, 0))[(pair + flip) % 2]:
+                times[i, pair] = _seconds(calls[i][pair // 2 % len(self.feeds)], record.repeat)
+        return times[0], times[1]
+
+
+def _seconds(call: Callable[[], object], repeat: int) -> float:
+    """Return the mean time of one call over `repeat` calls."""
+    begun = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - begun) / repeat
+
+
+def _feeds(model: Runnable, samples: Iterable[Feeds] | None, seed: int) -> tuple[list[Feeds], str]:
+    """Return the feeds to time on and their description; of random ones the first, which has one shape."""
+    if samples is None:
+        samples = load_samples(None, load(model), seed=seed)
+    limit = 1 if getattr(samples, "random", False) else MAX_FEEDS
+    feeds = list(itertools.islice(samples, limit))
+    if not feeds:
+        raise DataError("there are no samples to time on")
+    text = getattr(samples, "description", "feeds given by the caller")
+    return feeds, f"{text}; timed on {len(feeds)}: {_shapes(feeds)}"
+
+
+def _shapes(feeds: Sequence[Feeds]) -> str:
+    def one(feed: Feeds) -> str:
+        return ", ".join(
+            f"{k}[{','.join(map(str, np.shape(v)))}]" for k, v in feed.items() if isinstance(v, np.ndarray)
+        )
+
+    distinct = list(dict.fromkeys(one(feed) for feed in feeds))
+    return "; ".join(distinct[:3]) + (f" and {len(distinct) - 3} more shapes" if len(distinct) > 3 else "")
+
+
+@contextmanager
+def _on_disk(models: tuple[Runnable, Runnable]) -> Iterator[tuple[Path, Path]]:
+    """Yield both models as files, so that both are loaded in the same way."""
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        paths = []
+        for i, model in enumerate(models):
+            if isinstance(model, str | Path):
+                paths.append(Path(model))
+                continue
+            paths.append(Path(folder) / f"{'ab'[i]}.onnx")
+            load(model).save(paths[-1])
+        yield paths[0], paths[1]
+
+
+def _summary(model: Runnable, name: str, record: _Record, which: int, peak: int | None) -> ModelTiming:
+    path = model.path if isinstance(model, Model) else model
+    if isinstance(path, str | Path):
+        name = Path(path).name
+    times = np.concatenate(record.times[which])
+    median, p90, p99 = (float(q) for q in np.quantile(times, [0.5, 0.9, 0.99]))
+    return ModelTiming(name, median, p90, p99, statistics.median(record.loads[which]), peak)

@@ -14,7 +14,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from graphopt import environment
-from graphopt.data import load_samples
+from graphopt.data import Spec, load_samples
 from graphopt.errors import DataError, SpecError
 from graphopt.importer import paused_gc
 from graphopt.memory import peak_memory
@@ -150,7 +150,7 @@ class _Record:
 def bench(
     a: Runnable,
     b: Runnable,
-    samples: Iterable[Feeds] | None = None,
+    samples: Spec = None,
     *,
     rounds: int | None = None,
     warmup: int = 3,
@@ -169,7 +169,8 @@ def bench(
     Args:
         a: the model to compare with; a path is loaded by ORT as it lies there.
         b: the model to time.
-        samples: feeds for both, at most the first `MAX_FEEDS` are used; None makes one random feed.
+        samples: feeds for both in any form that `load_samples` takes; at most the first `MAX_FEEDS` are used.
+            None makes one random feed.
         rounds: rounds of fresh sessions; None takes ten, and more while the interval is wider than `precision`.
         warmup: untimed runs of each session in each round.
         threads: ORT's intra-op threads.
@@ -212,7 +213,7 @@ def bench(
 def quick_ratio(
     a: Runnable,
     b: Runnable,
-    samples: Iterable[Feeds] | None = None,
+    samples: Spec = None,
     *,
     budget_s: float = 2.0,
     threads: int = 1,
@@ -247,10 +248,7 @@ class _Timer:
         self.paths, self.feeds, self.plan, self.seed = paths, feeds, plan, seed
         self.rng = np.random.default_rng(seed)
         self.first = int(self.rng.integers(2))
-        config = _SPINNING if threads != 1 else {}
-        self.session = lambda path: Session(
-            path, threads=threads, provider=provider, custom_ops=custom_ops, config=config
-        )
+        self.threads, self.provider, self.custom_ops = threads, provider, custom_ops
 
     def run(self, confidence: float) -> _Record:
         """Return the timings of all rounds; the number of rounds doubles until the interval is narrow."""
@@ -269,12 +267,16 @@ class _Timer:
                 return record
             wanted *= 2
 
+    def _session(self, path: Path) -> Session:
+        config = _SPINNING if self.threads != 1 else {}
+        return Session(path, threads=self.threads, provider=self.provider, custom_ops=self.custom_ops, config=config)
+
     def _round(self, number: int, record: _Record) -> None:
         order = (0, 1) if (number + self.first) % 2 == 0 else (1, 0)
         sessions: dict[int, Session] = {}
         for i in order:
             begun = time.perf_counter()
-            sessions[i] = self.session(self.paths[i])
+            sessions[i] = self._session(self.paths[i])
             record.loads[i].append(time.perf_counter() - begun)
         calls = tuple([sessions[i].prepared(feed) for feed in self.feeds] for i in (0, 1))
         gc.collect()
@@ -310,16 +312,13 @@ def _seconds(call: Callable[[], object], repeat: int) -> float:
     return (time.perf_counter() - begun) / repeat
 
 
-def _feeds(model: Runnable, samples: Iterable[Feeds] | None, seed: int) -> tuple[list[Feeds], str]:
+def _feeds(model: Runnable, samples: Spec, seed: int) -> tuple[list[Feeds], str]:
     """Return the feeds to time on and their description; of random ones the first, which has one shape."""
-    if samples is None:
-        samples = load_samples(None, load(model), seed=seed)
-    limit = 1 if getattr(samples, "random", False) else MAX_FEEDS
-    feeds = list(itertools.islice(samples, limit))
+    loaded = load_samples(samples, model if isinstance(model, Model) else load(model), seed=seed)
+    feeds: list[Feeds] = list(itertools.islice(loaded, 1 if loaded.random else MAX_FEEDS))
     if not feeds:
         raise DataError("there are no samples to time on")
-    text = getattr(samples, "description", "feeds given by the caller")
-    return feeds, f"{text}; timed on {len(feeds)}: {_shapes(feeds)}"
+    return feeds, f"{loaded.description}; timed on {len(feeds)}: {_shapes(feeds)}"
 
 
 def _shapes(feeds: Sequence[Feeds]) -> str:

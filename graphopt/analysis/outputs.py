@@ -1,0 +1,59 @@
+"""What a model's outputs are, read off the graph: which are probabilities, and how finely the model computes."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.model import Model
+from graphopt.ops import DEQUANTIZE, QUANTIZE
+
+_MAKES_PROBABILITIES = frozenset({"Softmax", "Sigmoid"})
+_KEEPS_PROBABILITIES = frozenset({
+    "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Slice", "Gather", "ReduceMean",
+    "ReduceMax", "Expand",
+})  # fmt: skip
+"""Their first output holds values, or means, of their first input."""
+
+_HALF = {np.dtype(np.float16): 2.0**-10, np.dtype(ml_dtypes.bfloat16): 2.0**-7}
+
+
+def probability_outputs(model: Model) -> set[str]:
+    """Return names of the outputs that a softmax or sigmoid makes, also in a branch of an If."""
+    return {tensor.name for tensor in model.graph.outputs if _is_probability(tensor)}
+
+
+def _is_probability(tensor: gs.Tensor) -> bool:
+    stack, seen = [tensor], set()
+    while stack:
+        current = stack.pop()
+        if id(current) in seen or isinstance(current, gs.Constant) or not current.inputs:
+            continue
+        seen.add(id(current))
+        node = current.inputs[0]
+        if node.op in _MAKES_PROBABILITIES:
+            return True
+        if node.op in _KEEPS_PROBABILITIES:
+            stack.append(node.inputs[0])
+        elif node.op == "If":
+            slot = next(i for i, t in enumerate(node.outputs) if t is current)
+            stack += [b.outputs[slot] for b in node.attrs.values() if isinstance(b, gs.Graph)]
+    return False
+
+
+def compute_precision(model: Model) -> float:
+    """Return the spacing at 1.0 of the coarsest float type that the model computes in; 0 for float32 and finer.
+
+    Half-precision weights that are only cast or dequantized do not count: what follows computes in float32.
+    """
+    coarsest = 0.0
+    for spec in (*model.inputs, *model.outputs):
+        coarsest = max(coarsest, _HALF.get(spec.dtype, 0.0) if spec.dtype is not None else 0.0)
+    for node in model.nodes():
+        if node.op in DEQUANTIZE or node.op in QUANTIZE or node.op == "Cast":
+            continue
+        for tensor in (*node.inputs, *node.outputs):
+            if tensor.dtype is not None:
+                coarsest = max(coarsest, _HALF.get(np.dtype(tensor.dtype), 0.0))
+    return coarsest

@@ -1,0 +1,342 @@
+"""Samples: what the user gives -> feeds, one after the other, as often as asked, never all in memory.
+
+file.npz              an array per input; its first axis is cut into batches, or one feed per entry (rank + 1)
+folder of .npz        one feed per file, by name
+test_data_set_*       ONNX's own: input_0.pb, input_1.pb … (tensors, sequences, optionals); or their parent
+file.py:function      a function that yields feeds (dicts)
+a list of dicts, or a function, from Python
+nothing               random feeds, see `random_feeds`
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from graphopt.errors import DataError, did_you_mean
+from graphopt.model import Model, ValueSpec
+
+Feeds: TypeAlias = dict[str, Any]
+"""Input name -> array; a list for sequences, None for an optional that is left out."""
+
+
+class Samples:
+    """Feeds that can be iterated any number of times; each pass reads them anew.
+
+    Attributes:
+        description: in words, for reports.
+        random: whether they were made up for want of data.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Feeds]], description: str, *, random: bool = False) -> None:
+        self._make = make
+        self.description = description
+        self.random = random
+
+    def __iter__(self) -> Iterator[Feeds]:
+        return self._make()
+
+    def limit(self, count: int) -> Samples:
+        """Return the first `count` feeds only."""
+        described = f"the first {count} of {self.description}"
+        return Samples(lambda: itertools.islice(self._make(), count), described, random=self.random)
+
+    def first(self) -> Feeds:
+        """Return the first feed.
+
+        Raises:
+            DataError: there is none.
+        """
+        for feed in self:
+            return feed
+        raise DataError("the samples are empty", at=self.description)
+
+    def __repr__(self) -> str:
+        return f"<Samples: {self.description}>"
+
+
+Spec: TypeAlias = "str | Path | Samples | Mapping[str, Any] | Iterable[Mapping[str, Any]] | Callable[[], Any] | None"
+
+
+def load_samples(
+    spec: Spec, model: Model, *, batch: int = 1, seed: int = 0, shapes: Mapping[str, Sequence[int]] | None = None
+) -> Samples:
+    """Return the samples that `spec` names, each checked against the model's inputs when it is read.
+
+    Args:
+        spec: see the module's docstring; None makes random feeds.
+        model: what they are for.
+        batch: rows per feed where an `.npz` array is cut along its first axis.
+        seed: of random feeds.
+        shapes: input name -> shape, for random feeds.
+
+    Raises:
+        DataError: unusable; some faults show only when the samples are iterated.
+    """
+    if shapes and spec is not None:
+        raise DataError("shapes are for random feeds; these samples have their own", hint="leave out --shape or --data")
+    if batch < 1:
+        raise DataError(f"a batch has at least one row, not {batch}")
+    if spec is None:
+        from graphopt.random_feeds import random_feeds  # noqa: PLC0415  (it needs Samples)
+
+        return random_feeds(model, seed=seed, shapes=shapes)
+    checker = FeedChecker(model)
+    made = _from_text(str(spec), checker, batch) if isinstance(spec, str | Path) else _from_python(spec)
+    return Samples(lambda: checker.checked(made), made.description, random=made.random)
+
+
+def _from_text(spec: str, checker: FeedChecker, batch: int) -> Samples:
+    from graphopt import sample_files  # noqa: PLC0415  (it needs Samples)
+
+    path = Path(spec)
+    if path.is_dir():
+        return sample_files.from_folder(path, checker.specs)
+    if path.is_file() and path.suffix == ".npz":
+        return sample_files.from_npz(path, checker.specs, batch)
+    if path.is_file() and path.suffix == ".pb":
+        raise DataError("one .pb file is one tensor", at=spec, hint="name the test_data_set_* folder it is in")
+    file, separator, _ = spec.rpartition(":")
+    if separator and file.endswith(".py"):
+        return _from_function(load_function(spec), spec)
+    if not path.exists():
+        raise DataError("the samples do not exist", at=spec, hint=_nearby(path))
+    hint = (
+        f"write {spec}:FUNCTION"
+        if path.suffix == ".py"
+        else "use .npz, a folder of .npz, test_data_set_*, or file.py:function"
+    )
+    raise DataError("these samples are of no known form", at=spec, hint=hint)
+
+
+def _nearby(path: Path) -> str:
+    others = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, others) or "use .npz, a folder of .npz, test_data_set_*, or file.py:function"
+
+
+def _from_python(spec: Any) -> Samples:
+    if isinstance(spec, Samples):
+        return spec
+    if isinstance(spec, Mapping):
+        return Samples(lambda: iter([dict(spec)]), "1 feed")
+    if callable(spec):
+        return _from_function(spec, getattr(spec, "__name__", "function"))
+    if isinstance(spec, Iterator):
+        raise DataError(
+            "samples are read more than once, and an iterator gives them once only",
+            hint="pass a list, or the generator function itself instead of its result",
+        )
+    if not isinstance(spec, Iterable):
+        raise DataError(f"samples cannot be of type {type(spec).__name__}", hint="pass a path or a list of dicts")
+    count = f"{len(spec)} feeds" if isinstance(spec, Sized) else "feeds"
+    return Samples(lambda: iter(spec), f"{count} from Python")
+
+
+def _from_function(function: Callable[[], Any], name: str) -> Samples:
+    def make() -> Iterator[Feeds]:
+        found = call_user(function, name)
+        if isinstance(found, Mapping):
+            found = [found]
+        if not isinstance(found, Iterable):
+            raise DataError(
+                f"the function returned {type(found).__name__}, not feeds",
+                at=name,
+                hint="yield dicts: input name -> array",
+            )
+        iterator = iter(found)
+        end = object()
+        while (feed := call_user(next, name, iterator, end)) is not end:
+            yield feed
+
+    return Samples(make, f"feeds of {name}")
+
+
+class FeedChecker:
+    """Compares feeds with a model's inputs."""
+
+    def __init__(self, model: Model) -> None:
+        self.specs = {spec.name: spec for spec in model.inputs}
+        self.optional = {spec.name: spec for spec in model.optional_inputs}
+
+    def checked(self, samples: Iterable[Feeds]) -> Iterator[Feeds]:
+        """Yield each feed when it fits.
+
+        Raises:
+            DataError: there is no feed, or one does not fit; says which and what would.
+        """
+        count = 0
+        for feed in samples:
+            yield self.check(feed, f"sample {count}")
+            count += 1
+        if not count:
+            raise DataError("the samples are empty", at=getattr(samples, "description", None))
+
+    def check(self, feed: Any, where: str) -> Feeds:
+        """Return the feed with strings as objects and numbers in native byte order; nothing else is converted."""
+        if not isinstance(feed, Mapping):
+            raise DataError(
+                f"a feed is a dict, not {type(feed).__name__}", at=where, hint="yield dicts: input name -> array"
+            )
+        known = {**self.specs, **self.optional}
+        for name in feed:
+            if name not in known:
+                hint = did_you_mean(str(name), known) or f"its inputs: {', '.join(known) or 'none'}"
+                raise DataError(f"the model has no input '{name}'", at=where, hint=hint)
+        for name in self.specs:
+            if name not in feed:
+                raise DataError(
+                    f"input '{name}' is not fed", at=where, hint=f"the model needs: {', '.join(self.specs)}"
+                )
+        return {name: check_value(known[name], value, f"{where}, input '{name}'") for name, value in feed.items()}
+
+
+def check_value(spec: ValueSpec, value: Any, where: str) -> Any:
+    """Return a value for an input, in native byte order.
+
+    Raises:
+        DataError: of another type or shape.
+    """
+    if spec.kind != "tensor":
+        return value
+    if isinstance(value, bool | int | float | str | list | tuple) or value is None:
+        raise DataError(
+            f"an array is needed, not {type(value).__name__}",
+            at=where,
+            hint=f"numpy.asarray(value, {_type_name(spec.dtype)!r})",
+        )
+    array = _native(np.asarray(value), spec.dtype)
+    if spec.dtype is not None and array.dtype != spec.dtype:
+        wanted = _type_name(spec.dtype)
+        raise DataError(
+            f"type {array.dtype} where the model takes {wanted}", at=where, hint=f"convert it: array.astype({wanted!r})"
+        )
+    if spec.shape is not None and not fits(array.shape, spec.shape):
+        shown = ",".join("?" if d is None else str(d) for d in spec.shape)
+        raise DataError(
+            f"shape {list(array.shape)} where the model takes [{shown}]",
+            at=where,
+            hint=_shape_hint(array.shape, spec.shape),
+        )
+    return array
+
+
+def _native(array: np.ndarray[Any, Any], wanted: np.dtype[Any] | None) -> np.ndarray[Any, Any]:
+    if array.dtype.kind in "SU" and wanted is not None and wanted.kind in "OSU":
+        return array.astype(object)
+    if (
+        array.dtype.kind == "V"
+        and wanted is not None
+        and wanted.kind == "V"
+        and array.dtype.itemsize == wanted.itemsize
+    ):
+        return array.view(wanted)  # .npz cannot name bfloat16 and its like
+    if not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
+def _type_name(dtype: np.dtype[Any] | None) -> str:
+    return "any type" if dtype is None else "str" if dtype.kind in "OSU" else dtype.name
+
+
+def fits(shape: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
+    """Tell whether an array's shape is one that `wanted` describes."""
+    return len(shape) == len(wanted) and all(
+        not isinstance(w, int) or w == have for have, w in zip(shape, wanted, strict=True)
+    )
+
+
+def _shape_hint(shape: Sequence[int], wanted: Sequence[int | str | None]) -> str | None:
+    if len(shape) + 1 == len(wanted) and fits(shape, wanted[1:]):
+        return "the batch axis is missing: array[None]"
+    if len(shape) == 4 and fits([shape[0], shape[3], shape[1], shape[2]], wanted):
+        return "the channels stand last: array.transpose(0, 3, 1, 2)"
+    if len(shape) == 4 and fits([shape[0], shape[2], shape[3], shape[1]], wanted):
+        return "the channels stand second: array.transpose(0, 2, 3, 1)"
+    return None
+
+
+_numbers = itertools.count()
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """Return the function that `file.py:function` names; the file is imported anew under a name of its own.
+
+    Raises:
+        DataError: no such file or function, or the file does not import; says where in it.
+    """
+    file, separator, name = spec.rpartition(":")
+    if not separator or not file.endswith(".py") or not name:
+        raise DataError("a function is named as file.py:function", at=spec)
+    path = Path(file)
+    if not path.is_file():
+        raise DataError("the file does not exist", at=file, hint=_nearby_python(path))
+    module = _import_file(path, spec)
+    found = getattr(module, name, None)
+    if found is None:
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise DataError(
+            f"the file has no function '{name}'",
+            at=file,
+            hint=did_you_mean(name, names) or f"it has: {', '.join(names) or 'none'}",
+        )
+    if not callable(found):
+        raise DataError(f"'{name}' is not a function", at=file)
+    return found  # type: ignore[no-any-return]
+
+
+def _nearby_python(path: Path) -> str | None:
+    others = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    return did_you_mean(path.name, others)
+
+
+def _import_file(path: Path, spec: str) -> ModuleType:
+    unique = f"graphopt_user_{path.stem}_{next(_numbers)}"
+    located = importlib.util.spec_from_file_location(unique, path)
+    assert located is not None
+    assert located.loader is not None
+    module = importlib.util.module_from_spec(located)
+    sys.modules[unique] = module  # dataclasses and pickling look the module up
+    folder = str(path.resolve().parent)
+    sys.path.append(folder)  # last: its neighbours can be imported and hide nothing
+    try:
+        call_user(located.loader.exec_module, spec, module)
+    except DataError:
+        del sys.modules[unique]
+        raise
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def call_user(function: Callable[..., Any], where: str, *args: Any) -> Any:
+    """Call a function of the user's; its exceptions become a DataError that names file and line.
+
+    Raises:
+        DataError: the function raised anything but a DataError.
+    """
+    try:
+        return function(*args)
+    except DataError:
+        raise
+    except Exception as error:
+        last = _last_user_frame(error)
+        raise DataError(f"the function failed: {type(error).__name__}: {error}", at=where, hint=last) from error
+
+
+def _last_user_frame(error: Exception) -> str | None:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}: {(error.text or '').strip()}"
+    own = str(Path(__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((own, "<"))]
+    if not frames:
+        return None
+    return f"{frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}"

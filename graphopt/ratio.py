@@ -139,8 +139,11 @@ def _tail(confidence: float, rounds: int, pairs: int) -> float:
 
 
 def _block(pairs: int) -> int:
-    """Return how many consecutive pairs make a block: about the cube root, and even (AB BA belong together)."""
-    return max(2, 2 * round(math.cbrt(pairs) / 2))
+    """Return how many consecutive pairs make a block: about the cube root, and even (AB BA belong together).
+
+    Rows of two or three are cut into single pairs: with blocks of two they would be drawn as they are each time.
+    """
+    return 1 if pairs < 4 else max(2, 2 * round(math.cbrt(pairs) / 2))
 
 
 def _bootstrap(logs: list[Times], rng: np.random.Generator, resamples: int) -> Times:
@@ -160,8 +163,9 @@ def _resampled(logs: list[Times], rng: np.random.Generator, count: int) -> Times
     block = np.minimum(_block(length), sizes)[chosen]
     size, start = sizes[chosen], starts[chosen]
     blocks = -(-length // int(block.min()))
-    # circular blocks that begin at even pairs
-    begins = 2 * rng.integers(0, np.maximum(1, (size + 1) // 2)[..., None], size=(*chosen.shape, blocks))
+    # circular blocks that begin at multiples of `unit`
+    unit = min(2, _block(length))
+    begins = unit * rng.integers(0, -(-size // unit)[..., None], size=(*chosen.shape, blocks))
     position = np.arange(length)
     which = np.minimum(position // block[..., None], blocks - 1)
     offset = position - which * block[..., None]

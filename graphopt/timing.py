@@ -293,7 +293,9 @@ class _Timer:
         """Return runs per measurement and (even) pairs per round."""
         single = [min(_seconds(call[0], 1) for _ in range(3)) for call in calls]
         repeat = max(1, round(self.plan.min_time / max(min(single), 1e-7)))
-        return repeat, 2 * max(1, round(self.plan.round_seconds / (2 * repeat * sum(single))))
+        pair, allowed = repeat * sum(single), self.plan.round_seconds
+        least = 2 if 4 * pair <= 3 * allowed else 1
+        return repeat, 2 * max(least, round(allowed / (2 * pair)))
 
     def _pairs(self, calls: Sequence[Sequence[Callable[[], object]]], record: _Record) -> tuple[Times, Times]:
         times = np.empty((2, record.pairs))

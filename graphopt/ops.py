@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_graphsurgeon as gs
 
 STANDARD_DOMAINS = frozenset({None, "", "ai.onnx"})
@@ -16,6 +18,79 @@ CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 
 QUANTIZE = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
 DEQUANTIZE = frozenset({"DequantizeLinear"})
+
+KEEP_UNFOLDED = DEQUANTIZE
+"""Deterministic operators whose constant inputs are worth more than their result: quantized weights."""
+
+COMMUTATIVE = frozenset(
+    {
+        "Add", "Mul", "And", "Or", "Xor", "Equal", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
+        "Max", "Min", "Sum", "Mean",
+    }
+)  # fmt: skip
+"""The order of inputs does not matter."""
+
+MOVEMENT = frozenset(
+    {
+        "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Gather",
+        "GatherElements", "GatherND", "Expand", "Tile", "Pad", "DepthToSpace", "SpaceToDepth", "Where",
+    }
+)  # fmt: skip
+"""Elements come out as they went in, only elsewhere."""
+
+ARITHMETIC = frozenset(
+    {
+        "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Max", "Min", "Sum", "Mean", "Clip", "Relu", "LeakyRelu", "Sqrt",
+        "Pow", "Reciprocal", "Exp", "Log", "Sigmoid", "Tanh",
+    }
+)  # fmt: skip
+"""Elementwise and continuous."""
+
+STEPS = frozenset(
+    {
+        "Floor", "Ceil", "Round", "Sign", "Mod", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual",
+        "QuantizeLinear", "DynamicQuantizeLinear", "IsInf", "IsNaN", "ArgMax", "ArgMin", "TopK", "NonZero",
+        "NonMaxSuppression", "Unique", "HardMax", "ThresholdedRelu",
+    }
+)  # fmt: skip
+"""A last-digit difference of the input may become a whole step of the output (so may a Cast to integers)."""
+
+MOVED_TO_INPUT: Mapping[tuple[str, str], tuple[int, int]] = {
+    ("Squeeze", "axes"): (13, 1),
+    ("Unsqueeze", "axes"): (13, 1),
+    ("Split", "split"): (13, 1),
+    ("Slice", "starts"): (10, 1),
+    ("Slice", "ends"): (10, 2),
+    ("Slice", "axes"): (10, 3),
+    ("Slice", "steps"): (10, 4),
+    ("Pad", "pads"): (11, 1),
+    ("Pad", "value"): (11, 2),
+    ("Pad", "axes"): (18, 3),
+    ("Clip", "min"): (11, 1),
+    ("Clip", "max"): (11, 2),
+    ("Dropout", "ratio"): (12, 1),
+    ("Dropout", "training_mode"): (12, 2),
+    ("Reshape", "shape"): (5, 1),
+    ("Expand", "shape"): (8, 1),
+    ("Tile", "repeats"): (6, 1),
+    ("Upsample", "scales"): (9, 1),
+    ("TopK", "k"): (10, 1),
+    ("ReduceSum", "axes"): (13, 1),
+    **{
+        (op, "axes"): (18, 1)
+        for op in (
+            "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
+            "ReduceLogSumExp", "ReduceSumSquare",
+        )
+    },
+}  # fmt: skip
+"""(operator, parameter) -> (opset from which it is an input, index of that input); before, it is an attribute."""
+
+OUTPUTS_SET_MODE = frozenset({"BatchNormalization"})
+"""Naming an optional output changes what the operator computes (before opset 14)."""
+
+NOT_LARGER = frozenset({"NonZero", "Compress", "Unique", "Slice", "GatherND", "Gather", "StringNormalizer"})
+"""Outputs of unknown size that their inputs bound (NonZero: rank indices for each element)."""
 
 
 def is_standard(node: gs.Node, *ops: str) -> bool:

@@ -36,9 +36,9 @@ class TensorType:
 class Shapes:
     """What inference found, by tensor; falls back to what the tensor itself states."""
 
-    def __init__(self, found: dict[int, TensorType], keep: list[gs.Graph]) -> None:
+    def __init__(self, found: dict[int, TensorType], keep: list[gs.Tensor]) -> None:
         self._found = found
-        self._keep = keep  # ids stay valid while the graphs live
+        self._keep = keep  # an id belongs to its tensor only while that lives, in the graph or not
 
     def of(self, tensor: gs.Tensor) -> TensorType:
         """Return the type of `tensor`."""
@@ -62,9 +62,9 @@ def infer(model: Model) -> Shapes:
     except onnx.shape_inference.InferenceError:
         inferred = skeleton
     found: dict[int, TensorType] = {}
-    graphs = list(model.graphs())
     _read(model.graph, inferred.graph, found)
-    return Shapes(found, graphs)
+    keep = [t for graph in model.graphs() for t in (*graph.inputs, *(o for n in graph.nodes for o in n.outputs))]
+    return Shapes(found, keep)
 
 
 def _read(graph: gs.Graph, proto: onnx.GraphProto, found: dict[int, TensorType]) -> None:

@@ -278,7 +278,7 @@ def inspect(
 def passes(plugin: Plugins = None, as_json: AsJson = False) -> None:
     """List every pass with its options, one line each."""
     _load_plugins(plugin)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "options": cls.option_defaults(),

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import onnx
 
 from graphopt import registry, spec, text
-from graphopt.base import Change, Context, Pass, Target
+from graphopt.base import Change, Context, Exactness, Pass, Target
 from graphopt.data import Samples
 from graphopt.errors import GateMissed, GraphoptError, ModelError, SpecError
 from graphopt.model import Model, Snapshot, Source, from_snapshot, load
@@ -27,7 +27,7 @@ from graphopt.report import PassRecord, Report, Size
 from graphopt.reproducer import save_reproducer
 from graphopt.runtime import evaluate
 from graphopt.structure import Structure
-from graphopt.validate import Reference
+from graphopt.validate import Reference, Validation
 
 Verify = Literal["each", "end", "off"]
 OnFailure = Literal["continue", "stop"]
@@ -167,7 +167,7 @@ class Run:
         self.stopped = False
         self.snapshot = self.model.snapshot()
         self._pending = self.snapshot
-        self.exactness: Literal["exact", "lossy"] = "exact"
+        self.exactness: Exactness = "exact"
         size = size_of(model)
         self.report = Report(
             model=str(model.path or "<memory>"), pipeline=str(pipeline), seed=settings.seed, before=size, after=size,
@@ -268,12 +268,12 @@ class Run:
         """Check the changed model; keep it."""
         if not step.changes_signature:
             self.structure.check(self.model)
-        exactness = "lossy" if "lossy" in (self.exactness, step.exactness) else "exact"
+        exactness: Exactness = "lossy" if "lossy" in (self.exactness, step.exactness) else "exact"
         if self.settings.verify == "each":
-            checked = self.reference.check(self.model, exactness=exactness)
+            checked = self.reference.check(self.model, exactness=exactness, locate=True)
             if not checked.ok:
-                raise ModelError("the outputs differ: " + "; ".join(checked.failures))
-        self.exactness = exactness  # type: ignore[assignment]
+                raise ModelError("the outputs differ: " + "; ".join(checked.failures), at=where_it_begins(checked))
+        self.exactness = exactness
         self.snapshot = self._pending
         record.status = "changed"
         return True
@@ -310,6 +310,12 @@ class Run:
         self.settings = Settings(**{**vars(self.settings), "verify": "each"})
         self._steps(self.pipeline.steps)
         self.report.verification = self.reference.check(self.model, exactness=self.exactness).to_dict()
+
+
+def where_it_begins(checked: Validation) -> str | None:
+    """Return the first differing tensor in words, None where it was not found."""
+    found = checked.location
+    return f"tensor '{found.tensor}' of node '{found.node}' ({found.op}) is the first to differ" if found else None
 
 
 def make_reference(model: Model, samples: Samples | None, settings: Settings) -> Reference:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from graphopt.report import human_bytes, render
+
 if TYPE_CHECKING:
-    pass
+    from graphopt.demo import Demonstration
+    from graphopt.timing import Bench
+    from graphopt.validate import Validation
 
 
 def grid(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], numeric: Iterable[str] = ()) -> Table:
@@ -39,3 +44,74 @@ def _cell(value: Any) -> str:
 def lines(texts: Iterable[str], style: str = "") -> list[RenderableType]:
     """Return sentences that fold instead of being cut."""
     return [Text(text, style=style, overflow="fold") for text in texts]
+
+
+_OUTPUT_COLUMNS = (
+    "output",
+    "optimization",
+    "ok",
+    "relative",
+    "tolerance",
+    "max_abs",
+    "cosine",
+    "sqnr_db",
+    "top1",
+    "mismatch",
+    "worst_sample",
+)
+_TIMING_COLUMNS = ("model", "median", "p90", "p99", "load", "peak memory")
+
+
+def validation(result: Validation) -> Group:
+    """Return what a comparison found."""
+    parts: list[RenderableType] = [grid(_OUTPUT_COLUMNS, result.table(), _OUTPUT_COLUMNS[3:])]
+    if result.evaluation is not None:
+        found = result.evaluation.to_dict()
+        parts.append(grid(list(found), [found], list(found)))
+    parts += lines(
+        f"model {name} ran on: " + ", ".join(f"{p} ({n} nodes)" for p, n in ran.items())
+        for name, ran in result.providers.items()
+    )
+    parts += lines(result.notes)
+    parts += lines([f"compared on {result.samples}" + (": made up, not real data" if result.random else "")])
+    parts += lines((f"✗ {failure}" for failure in result.failures), "red")
+    if result.location is not None:
+        where = result.location
+        inside = f" inside {' / '.join(where.path)}" if where.path else ""
+        begins = f"begins at node '{where.node}' ({where.op}){inside}, tensor '{where.tensor}', error {where.error:.1e}"
+        parts += lines([begins, *([where.what] if where.what else [])])
+    parts += lines(["the models agree"] if result.ok else ["the models do NOT agree"], "green" if result.ok else "red")
+    return Group(*parts)
+
+
+def milliseconds(value: float) -> str:
+    """Return a time in ms with three digits."""
+    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+
+
+def bench(result: Bench) -> Group:
+    """Return a paired timing."""
+    rows = [
+        {
+            "model": one["name"],
+            **{name: milliseconds(one[f"{name}_ms"]) for name in ("median", "p90", "p99", "load")},
+            "peak memory": human_bytes(one["peak_bytes"]) if one["peak_bytes"] is not None else None,
+        }
+        for one in (result.a.to_dict(), result.b.to_dict())
+    ]
+    columns = [c for c in _TIMING_COLUMNS if c != "peak memory" or any(row[c] for row in rows)]
+    low, high = result.interval
+    conditions = result.environment
+    verdict = [
+        f"B takes {result.ratio:.3f} of A's time (95 % interval {low:.3f}–{high:.3f}, {result.paired.pairs} pairs)",
+        f"on {result.samples}; {conditions.get('threads', 1)} thread(s), {conditions.get('provider', 'cpu')}",
+    ]
+    return Group(grid(columns, rows, columns[1:]), *lines(verdict))
+
+
+def demonstration(result: Demonstration, output: Path | None) -> Group:
+    """Return the demo's run and its two accuracies."""
+    before, after = result.accuracy_before, result.accuracy_after
+    scores = f"held-out accuracy on {result.images} images: {before:.1%} before, {after:.1%} after"
+    written = f"wrote {output}" if output else "graphopt demo -o digits.fast.onnx writes the result"
+    return Group(*lines([f"model {result.model}"]), render(result.optimized.report), *lines([scores, written]))

@@ -100,7 +100,9 @@ class Exporter:
             out.initializer.append(inline(variable.name, values))
         return extra
 
-    def _inputs(self, graph: gs.Graph, held: GraphOrigin, out: GraphProto, extra: list[ValueInfoProto]) -> None:
+    def _inputs(
+        self, graph: gs.Graph, held: GraphOrigin, out: GraphProto, extra: list[ValueInfoProto]
+    ) -> None:
         current = {id(t) for t in graph.inputs}
         emitted: set[int] = set()
         for tensor in held.input_order:
@@ -152,7 +154,12 @@ class Exporter:
             return out
         if isinstance(value, gs.Constant):
             values = untouched(value)
-            if original is not None and values is origin(value) and isinstance(values, LazyTensor) and values.data is None:
+            if (
+                original is not None
+                and values is origin(value)
+                and isinstance(values, LazyTensor)
+                and values.data is None
+            ):
                 return original
             out = AttributeProto(name=name, type=AttributeProto.TENSOR)
             out.t.CopyFrom(self.place(value.name, values) or inline(value.name, values))
@@ -255,14 +262,23 @@ def _value_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto]
             done.add(id(tensor))
             yield variable_info(tensor)
     for key, tensor in alive.items():
-        if key not in done and key not in ends and isinstance(tensor, gs.Variable) and tensor.dtype is not None:
+        if (
+            key not in done
+            and key not in ends
+            and isinstance(tensor, gs.Variable)
+            and tensor.dtype is not None
+        ):
             yield variable_info(tensor)
 
 
 def _prune_annotations(graph: gs.Graph, out: GraphProto) -> None:
     if not out.quantization_annotation:
         return
-    names = {i.name for i in out.initializer} | {i.name for i in out.input} | {t for n in out.node for t in n.output}
+    names = (
+        {i.name for i in out.initializer}
+        | {i.name for i in out.input}
+        | {t for n in out.node for t in n.output}
+    )
     kept = [a for a in out.quantization_annotation if a.tensor_name in names]
     if len(kept) != len(out.quantization_annotation):
         del out.quantization_annotation[:]

@@ -60,11 +60,15 @@ class ModelFile:
 
     def _read(self) -> memoryview:
         if self.path.is_dir():
-            raise ModelError("this is a folder, not a model", at=str(self.path), hint="name the .onnx file in it")
+            raise ModelError(
+                "this is a folder, not a model", at=str(self.path), hint="name the .onnx file in it"
+            )
         try:
             size = self.path.stat().st_size
             if size == 0:
-                raise ModelError("the file is empty", at=str(self.path), hint="export or download the model again")
+                raise ModelError(
+                    "the file is empty", at=str(self.path), hint="export or download the model again"
+                )
             with self.path.open("rb") as file:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except FileNotFoundError as error:
@@ -78,7 +82,9 @@ class ModelFile:
         if MAPPED in entries and not proto.HasField("raw_data"):
             index = entries[MAPPED]
             if not (index.isdecimal() and int(index) < len(self.regions)):
-                raise ModelError("tensor names a region that does not exist", at=f"initializer '{proto.name}'")
+                raise ModelError(
+                    "tensor names a region that does not exist", at=f"initializer '{proto.name}'"
+                )
             inline = TensorProto()
             inline.CopyFrom(proto)
             inline.ClearField("external_data")
@@ -109,17 +115,23 @@ class ModelFile:
                 descriptor = os.open(path, flags)
             except FileNotFoundError as error:
                 raise ModelError(
-                    f"external data file '{path.name}' is missing", at=where, hint=f"put it into {self.folder}"
+                    f"external data file '{path.name}' is missing",
+                    at=where,
+                    hint=f"put it into {self.folder}",
                 ) from error
             except OSError as error:
-                raise ModelError(f"cannot read external data '{path.name}': {error.strerror}", at=where) from error
+                raise ModelError(
+                    f"cannot read external data '{path.name}': {error.strerror}", at=where
+                ) from error
             with os.fdopen(descriptor, "rb") as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise ModelError(f"external data '{path.name}' is not an ordinary file", at=where)
                 if found.st_nlink > 1:
                     raise ModelError(
-                        f"external data '{path.name}' is a hard link", at=where, hint="make it a file of its own: copy it"
+                        f"external data '{path.name}' is a hard link",
+                        at=where,
+                        hint="make it a file of its own: copy it",
                     )
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if found.st_size else b""
                 self._maps[path] = memoryview(mapped)
@@ -137,14 +149,18 @@ def check_location(folder: Path, location: str, where: str) -> Path:
         raise ModelError("external data has no location", at=where)
     if Path(location).is_absolute() or ".." in parts or location.startswith(("/", "\\")) or ":" in parts[0]:
         raise ModelError(
-            f"external data '{location}' lies outside the model's folder", at=where, hint="refused: a model may only name files beside it"
+            f"external data '{location}' lies outside the model's folder",
+            at=where,
+            hint="refused: a model may only name files beside it",
         )
     path = folder
     for part in parts:
         path = path / part
         if path.is_symlink():
             raise ModelError(
-                f"external data '{location}' goes through a symbolic link", at=where, hint="refused: copy the data file beside the model"
+                f"external data '{location}' goes through a symbolic link",
+                at=where,
+                hint="refused: copy the data file beside the model",
             )
     return path
 
@@ -200,7 +216,11 @@ def split_weights(data: memoryview) -> tuple[bytes, list[memoryview]]:
 
 
 def _replaced(
-    data: memoryview, start: int, end: int, number: int, rewrite: Callable[[int, int], list[bytes | memoryview]]
+    data: memoryview,
+    start: int,
+    end: int,
+    number: int,
+    rewrite: Callable[[int, int], list[bytes | memoryview]],
 ) -> list[bytes | memoryview]:
     """Return the message's bytes with every field `number` passed through `rewrite`."""
     pieces: list[bytes | memoryview] = []
@@ -209,7 +229,12 @@ def _replaced(
         if field != number or wire != _BYTES:
             continue
         inner = rewrite(content, stop)
-        pieces += [data[copied:begin], _varint(number << 3 | _BYTES), _varint(sum(len(p) for p in inner)), *inner]
+        pieces += [
+            data[copied:begin],
+            _varint(number << 3 | _BYTES),
+            _varint(sum(len(p) for p in inner)),
+            *inner,
+        ]
         copied = stop
     pieces.append(data[copied:end])
     return pieces

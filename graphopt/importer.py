@@ -79,7 +79,9 @@ class Scope:
     def define(self, tensor: gs.Tensor, where: str) -> gs.Tensor:
         """Add a tensor that this graph defines; a second definition of a name is an error."""
         if tensor.name in self.local:
-            raise ModelError(f"tensor '{tensor.name}' is defined twice", at=where, hint="names must be unique in a graph")
+            raise ModelError(
+                f"tensor '{tensor.name}' is defined twice", at=where, hint="names must be unique in a graph"
+            )
         self.local[tensor.name] = tensor
         return tensor
 
@@ -207,7 +209,9 @@ class Importer:
         inputs = []
         for info in proto.input:
             known = scope.local.get(info.name)
-            if isinstance(known, gs.Constant) and any(known is c for c in (held.declared if not self.overridable else [])):
+            if isinstance(known, gs.Constant) and any(
+                known is c for c in (held.declared if not self.overridable else [])
+            ):
                 held.input_order.append(known)  # IR 3: a constant that is listed as an input too
                 known.input_info = info
                 continue
@@ -262,7 +266,9 @@ class Importer:
 
     def _attribute(self, attribute: AttributeProto, scope: Scope, node: NodeProto) -> object:
         if attribute.type == AttributeProto.GRAPH and not attribute.ref_attr_name:
-            return self._graph(attribute.g, scope, f"attribute '{attribute.name}' of node '{node.name}' ({node.op_type})")
+            return self._graph(
+                attribute.g, scope, f"attribute '{attribute.name}' of node '{node.name}' ({node.op_type})"
+            )
         if attribute.type == AttributeProto.TENSOR and not attribute.ref_attr_name:
             values = self._values(attribute.t)
             constant = gs.Constant(attribute.t.name, values)

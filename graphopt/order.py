@@ -53,6 +53,8 @@ def sort_nodes(graph: gs.Graph) -> bool:
                 heapq.heappush(ready, j)
     if len(order) < len(graph.nodes):
         stuck = [graph.nodes[i].name or graph.nodes[i].op for i, count in enumerate(missing) if count > 0]
-        raise ModelError("the graph has a cycle", at=f"among nodes {', '.join(stuck[:5])}", hint="the model is damaged")
+        raise ModelError(
+            "the graph has a cycle", at=f"among nodes {', '.join(stuck[:5])}", hint="the model is damaged"
+        )
     graph.nodes[:] = [graph.nodes[i] for i in order]
     return True

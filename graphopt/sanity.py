@@ -12,6 +12,14 @@ from graphopt.importer import opset_of
 from graphopt.ops import STANDARD_DOMAINS
 from graphopt.order import sort_nodes
 
+EXPERIMENTS = frozenset(
+    {
+        "ATen", "Affine", "ConstantFill", "Crop", "DynamicSlice", "GRUUnit", "GivenTensorFill", "ImageScaler",
+        "MeanVarianceNormalization", "ParametricSoftplus", "Scale", "ScaledTanh", "ThresholdedRelu",
+    }
+)  # fmt: skip
+"""Experimental operators of opsets 1 to 9: gone from ONNX's tables, but runtimes still know most of them."""
+
 _LATEST_IR = max(v for k, v in onnx.Version.items() if k.startswith("IR_VERSION"))
 
 
@@ -59,6 +67,8 @@ def _check_operators(nodes: Iterable[gs.Node], opset: int, functions: set[tuple[
         if node.domain not in STANDARD_DOMAINS or node.op in seen or (node.domain or "", node.op) in functions:
             continue
         seen.add(node.op)
+        if node.op in EXPERIMENTS and opset < 10:
+            continue
         try:
             onnx.defs.get_schema(node.op, opset, "")
         except onnx.defs.SchemaError as error:

@@ -49,7 +49,9 @@ def onnx_dtype(dtype: np.dtype[Any] | type[Any]) -> int:
     try:
         return int(helper.np_dtype_to_tensor_dtype(dtype))
     except (KeyError, ValueError) as error:
-        raise ModelError(f"ONNX has no tensor type for NumPy's {dtype}", hint="convert the array first") from error
+        raise ModelError(
+            f"ONNX has no tensor type for NumPy's {dtype}", hint="convert the array first"
+        ) from error
 
 
 def is_float(dtype: np.dtype[Any] | None) -> bool:
@@ -75,7 +77,9 @@ def byte_size(data_type: int, dims: Sequence[int], name: str) -> int:
         raise ModelError(f"tensor has an unknown element type: {data_type}", at=f"initializer '{name}'")
     size = (count * _BITS[data_type] + 7) // 8 if data_type in _BITS else count * dtype.itemsize
     if size > MAX_TENSOR_BYTES:
-        raise ModelError(f"tensor declares {size} bytes", at=f"initializer '{name}'", hint="the file is damaged or hostile")
+        raise ModelError(
+            f"tensor declares {size} bytes", at=f"initializer '{name}'", hint="the file is damaged or hostile"
+        )
     return size
 
 
@@ -130,7 +134,9 @@ class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
         if self.data is None:
             return np.asarray(numpy_helper.to_array(self.tensor)).view()
         if self.tensor.data_type in _BITS:
-            inline = TensorProto(data_type=self.tensor.data_type, dims=self.tensor.dims, raw_data=bytes(self.data))
+            inline = TensorProto(
+                data_type=self.tensor.data_type, dims=self.tensor.dims, raw_data=bytes(self.data)
+            )
             return np.asarray(numpy_helper.to_array(inline))
         assert self.dtype is not None
         return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
@@ -210,7 +216,9 @@ def _stored_elements(proto: TensorProto) -> int:
 def encode(values: np.ndarray[Any, Any], name: str) -> TensorProto:
     """Return `values` as a `TensorProto` (raw data, little endian; strings as `string_data`)."""
     if values.dtype.kind in "OSU":
-        return helper.make_tensor(name, TensorProto.STRING, values.shape, [_as_bytes(v) for v in values.reshape(-1)])
+        return helper.make_tensor(
+            name, TensorProto.STRING, values.shape, [_as_bytes(v) for v in values.reshape(-1)]
+        )
     onnx_dtype(values.dtype)
     return numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
 

@@ -4,7 +4,8 @@ Errors of a float output, all against the reference's own magnitudes so that no 
 
     relative   max |a - b| / max |a|              per sample, the worst sample counts; the gate
     slices     the same inside each slice of each axis: a small channel next to a large one
-    log        max |ln a - ln b| / max(1, max |ln a|)   for probabilities: shows what softmax and sigmoid flatten
+    log        max |ln a - ln b| / max(1, max |ln a|)   for probabilities: shows what softmax and sigmoid flatten;
+               for sigmoids also of 1 - a and 1 - b
 
 Everything else (integers, booleans, strings) must be equal; `mismatch` is the fraction that is not.
 """
@@ -12,7 +13,7 @@ Everything else (integers, booleans, strings) must be equal; `mismatch` is the f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -28,8 +29,14 @@ TINY = 1e-30
 ZERO_ATOL = 1e-6
 """Largest error accepted where the whole reference output is zero and no relative error exists."""
 
-SLICE_FLOOR = 1e-4
+SLICE_FLOOR = 1e-3
 """Slices whose largest value is below this part of the whole output's are left out: cancellation is noise there."""
+
+SLICE_ELEMENTS = 16
+"""Slices of fewer elements are left out: they say no more than the error of single elements does."""
+
+LOG_FLOOR = {"softmax": 1e-20, "sigmoid": 1e-3}
+"""Probabilities below this count as this: ORT's sigmoids are exact in absolute terms only."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class OutputComparison:
     """Running comparison of one output (one leaf of it, for sequences)."""
 
     name: str
-    probability: bool = False
+    probability: str = ""
     dtype: str = ""
     shape: tuple[int, ...] = ()
     floating: bool = False
@@ -144,7 +151,9 @@ class OutputComparison:
                 each = np.where(size > TINY, gap / size, 0.0)
             self.max_elementwise = max(self.max_elementwise, float(each.max()))
         if self.probability:
-            self.log = max(self.log, log_error(a, b))
+            self.log = max(self.log, log_error(a, b, LOG_FLOOR[self.probability]))
+        if self.probability == "sigmoid":
+            self.log = max(self.log, log_error(1 - a, 1 - b, LOG_FLOOR[self.probability]))
         self._note_worst(sample, relative, int(np.argmax(gap)), a, b)
 
     def _note_worst(self, sample: int, badness: float, flat: int, a: Array, b: Array) -> None:
@@ -277,7 +286,7 @@ def slice_error(gap: Array, size: Array, scale: float) -> float:
     """Return the worst of max |error| / max |reference| over all slices along each axis; 0 below rank 2."""
     worst = 0.0
     for axis in range(gap.ndim if gap.ndim > 1 else 0):
-        if gap.shape[axis] < 2:
+        if gap.shape[axis] < 2 or gap.size < SLICE_ELEMENTS * gap.shape[axis]:
             continue
         others = tuple(i for i in range(gap.ndim) if i != axis)
         errors, largest = gap.max(axis=others), size.max(axis=others)
@@ -286,12 +295,9 @@ def slice_error(gap: Array, size: Array, scale: float) -> float:
     return worst
 
 
-def log_error(a: Array, b: Array) -> float:
+def log_error(a: Array, b: Array, floor: float) -> float:
     """Return the worst difference of logarithms of probabilities, relative to the largest logarithm (at least 1)."""
-    seen = a > TINY
-    if not seen.any():
-        return 0.0
-    x, y = np.log(a[seen]), np.log(np.maximum(b[seen], TINY))
+    x, y = np.log(np.maximum(a, floor)), np.log(np.maximum(b, floor))
     return float(np.abs(x - y).max() / max(1.0, np.abs(x).max()))
 
 
@@ -324,12 +330,12 @@ class Comparison:
 
     Args:
         names: output names, in order.
-        probabilities: those of them that a softmax or sigmoid made.
+        probabilities: those of them that a `softmax` or `sigmoid` made, with which of the two.
     """
 
-    def __init__(self, names: Sequence[str], probabilities: Iterable[str] = ()) -> None:
+    def __init__(self, names: Sequence[str], probabilities: Mapping[str, str] | None = None) -> None:
         self.names = list(names)
-        self.probabilities = set(probabilities)
+        self.probabilities = dict(probabilities or {})
         self.outputs: dict[str, OutputComparison] = {}
 
     def add(self, index: int, reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
@@ -356,7 +362,7 @@ class Comparison:
 
     def _at(self, name: str, path: str) -> OutputComparison:
         if path not in self.outputs:
-            self.outputs[path] = OutputComparison(path, name in self.probabilities)
+            self.outputs[path] = OutputComparison(path, self.probabilities.get(name, ""))
         return self.outputs[path]
 
     def rows(self, tolerance: Tolerance | Mapping[str, Tolerance]) -> list[dict[str, Any]]:
@@ -393,7 +399,7 @@ def compare_outputs(
     *,
     rtol: float = 1e-5,
     atol: float = 0.0,
-    probabilities: Iterable[str] = (),
+    probabilities: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare one sample's outputs; return a row per output with `ok` and `failures`."""
     comparison = Comparison(list(reference), probabilities)

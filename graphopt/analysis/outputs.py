@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from graphopt.model import Model
 from graphopt.ops import DEQUANTIZE, QUANTIZE
 
-_MAKES_PROBABILITIES = frozenset({"Softmax", "Sigmoid"})
+_MAKES_PROBABILITIES = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
 _KEEPS_PROBABILITIES = frozenset({
     "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Slice", "Gather", "ReduceMean",
     "ReduceMax", "Expand",
@@ -19,12 +19,13 @@ _KEEPS_PROBABILITIES = frozenset({
 _HALF = {np.dtype(np.float16): 2.0**-10, np.dtype(ml_dtypes.bfloat16): 2.0**-7}
 
 
-def probability_outputs(model: Model) -> set[str]:
-    """Return names of the outputs that a softmax or sigmoid makes, also in a branch of an If."""
-    return {tensor.name for tensor in model.graph.outputs if _is_probability(tensor)}
+def probability_outputs(model: Model) -> dict[str, str]:
+    """Return the outputs that a `softmax` or `sigmoid` makes, also in a branch of an If, with which it is."""
+    found = {tensor.name: _maker(tensor) for tensor in model.graph.outputs}
+    return {name: maker for name, maker in found.items() if maker}
 
 
-def _is_probability(tensor: gs.Tensor) -> bool:
+def _maker(tensor: gs.Tensor) -> str:
     stack, seen = [tensor], set()
     while stack:
         current = stack.pop()
@@ -33,13 +34,13 @@ def _is_probability(tensor: gs.Tensor) -> bool:
         seen.add(id(current))
         node = current.inputs[0]
         if node.op in _MAKES_PROBABILITIES:
-            return True
+            return _MAKES_PROBABILITIES[node.op]
         if node.op in _KEEPS_PROBABILITIES:
             stack.append(node.inputs[0])
         elif node.op == "If":
             slot = next(i for i, t in enumerate(node.outputs) if t is current)
             stack += [b.outputs[slot] for b in node.attrs.values() if isinstance(b, gs.Graph)]
-    return False
+    return ""
 
 
 def compute_precision(model: Model) -> float:

@@ -320,8 +320,12 @@ class _Original:
         """Return the original tensors that an optimised node makes."""
         if node.domain == _BLOCKED:
             return [] if node.op_type in _MOVES else self._blocked_end(node)
-        found = (self._tensor(name) for name in node.output)
-        return [name for name in found if name is not None]
+        tensors = [name for name in map(self._tensor, node.output) if name is not None]
+        # moved into the blocked layout as it was: its outputs have new names
+        kept = next((self.named[n] for n in (node.name, self.plain(node.name)) if n in self.named), None)
+        if tensors or kept is None or self.nodes[kept].op != node.op_type:
+            return tensors
+        return [t.name for t in self.nodes[kept].outputs if t.name]
 
     def _tensor(self, name: str) -> str | None:
         return next((n for n in (name, self.plain(name)) if n in self.made), None)

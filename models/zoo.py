@@ -147,8 +147,7 @@ def _fetch(name: str, cache: Path) -> Path:
 
 
 def _cached(entry: Entry, cache: Path) -> Path:
-    file = Path(entry.file)
-    return cache / "zoo" / f"{file.stem}-{entry.sha256[:12]}{file.suffix}"
+    return cache / "zoo" / f"{entry.name}-{entry.sha256[:12]}{Path(entry.file).suffix}"
 
 
 def _make(entry: Entry, cache: Path) -> Path:

@@ -26,11 +26,12 @@ def marked(names: list[str]) -> list[object]:
 def fetched(name: str) -> Path:
     """Fetch a model; offline the test is skipped, but never in CI. Exported models need torch, which CI may lack."""
     try:
-        return zoo.fetch(name)
+        path: Path = zoo.fetch(name)
     except ProviderError as error:
         if os.environ.get("CI") and zoo.get(name).recipe != "torch-export":
             raise
         pytest.skip(str(error))
+    return path
 
 
 @pytest.mark.zoo
@@ -126,7 +127,7 @@ def test_damaged_file_in_the_cache_is_fetched_again(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
     monkeypatch.setattr(zoo, "take", lambda package, *_: taken.append(package))
     entry = zoo.get("magika")
-    _written(tmp_path / "zoo" / f"model-{entry.sha256[:12]}.onnx", b"damaged")
+    _written(tmp_path / "zoo" / f"magika-{entry.sha256[:12]}.onnx", b"damaged")
     zoo.fetch("magika")
     assert taken == ["magika"]
 

@@ -25,7 +25,7 @@ app = typer.Typer(
     help="Make exported ONNX models faster and smaller, and prove it on ONNX Runtime.",
     epilog="Exit codes: 0 done, 1 a gate or validation was missed, 2 the input is wrong, 3 a bug in graphopt.",
 )  # fmt: skip
-out = Console(soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file")]
@@ -94,6 +94,7 @@ def optimize(
     from graphopt.optimizer import optimize as run_optimize  # noqa: PLC0415  (heavy imports only when needed)
     from graphopt.pipeline import Settings  # noqa: PLC0415
 
+    _check_output(output)
     _load_plugins(plugin)
     settings = Settings(
         print_after=_known_passes(print_after), stop_after=_known_pass(stop_after),
@@ -145,6 +146,7 @@ def run(
     from graphopt.pipeline import Settings  # noqa: PLC0415
     from graphopt.pipeline import bisect as run_bisect  # noqa: PLC0415
 
+    _check_output(output)
     _load_plugins(plugin)
     chosen = _pipeline(pipeline)
     settings = Settings(
@@ -302,6 +304,7 @@ def demo(output: Output = None, seed: Seed = 0, as_json: AsJson = False) -> None
     """Do the main job on a small trained model that comes with graphopt."""
     from graphopt.demo import run_demo  # noqa: PLC0415
 
+    _check_output(output)
     with _working("optimizing the digits model", as_json):
         result = run_demo(seed)
     if output is not None:
@@ -372,6 +375,14 @@ def _working(what: str, as_json: bool) -> Iterator[None]:
         return
     with err.status(what):
         yield
+
+
+def _check_output(output: Path | None) -> None:
+    """Fail at once, not after minutes of work, where OUT cannot be written."""
+    if output is not None:
+        from graphopt.model import check_output  # noqa: PLC0415
+
+        check_output(output)
 
 
 def _load_plugins(paths: list[Path] | None) -> None:

@@ -20,6 +20,7 @@ from graphopt.errors import ModelError
 from graphopt.exporter import Exporter, Place, inline, untouched
 from graphopt.external import MAPPED, ModelFile, atomic_write, digest
 from graphopt.importer import Importer, NodeOrigin, Values, opset_of, origin, shell_of
+from graphopt.sanity import check_graphs, check_proto
 from graphopt.tensors import LazySparse, LazyTensor
 
 Source: TypeAlias = "str | Path | onnx.ModelProto | Model"
@@ -62,7 +63,9 @@ class Model:
         path: the file it came from, None for a model made in memory.
     """
 
-    def __init__(self, shell: onnx.ModelProto, graph: gs.Graph, functions: list[gs.Function], path: Path | None) -> None:
+    def __init__(
+        self, shell: onnx.ModelProto, graph: gs.Graph, functions: list[gs.Function], path: Path | None
+    ) -> None:
         self.shell = shell
         self.graph = graph
         self.functions = functions
@@ -131,6 +134,11 @@ class Model:
         """Return the bytes of all initializers; nothing is read."""
         return sum(int(c._values.nbytes) for c in self.constants())
 
+    def emitted_bytes(self) -> int:
+        """Return about how many bytes the model takes on disk: its structure and its weights."""
+        snapshot = self.snapshot()
+        return int(snapshot.proto.ByteSize()) + sum(int(v.nbytes) for v in snapshot.weights)
+
     def emit(self, place: Place = inline) -> onnx.ModelProto:
         """Return the model as a new proto, its weights put where `place` says."""
         return Exporter(self.shell, place).run(self.graph, self.functions)
@@ -155,7 +163,9 @@ class Model:
                 return inline(name, values)
             weights.append(values)
             dtype = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-            out = TensorProto(name=name, dims=values.shape, data_type=dtype, data_location=TensorProto.EXTERNAL)
+            out = TensorProto(
+                name=name, dims=values.shape, data_type=dtype, data_location=TensorProto.EXTERNAL
+            )
             out.external_data.add(key=MAPPED, value=str(len(weights) - 1))
             return out
 
@@ -177,10 +187,7 @@ class Model:
             ModelError: the file cannot be written; what was there before is unchanged.
         """
         path = Path(path)
-        if not path.parent.is_dir():
-            raise ModelError("the output folder does not exist", at=str(path.parent), hint="create it first")
-        if path.is_dir():
-            raise ModelError("the output is a folder", at=str(path), hint="name a file in it")
+        check_output(path)
         stale = _own_data_files(path)
         if self.weight_bytes() > INLINE_LIMIT or self._came_external():
             data_file = self._save_external(path)
@@ -193,10 +200,16 @@ class Model:
 
     def _came_external(self) -> bool:
         values = (untouched(c) for c in self.constants())
-        return any(isinstance(v, LazyTensor) and v.tensor.data_location == TensorProto.EXTERNAL for v in values)
+        return any(
+            isinstance(v, LazyTensor) and v.tensor.data_location == TensorProto.EXTERNAL for v in values
+        )
 
     def _save_external(self, path: Path) -> Path:
-        large = {id(v): v for c in self.constants() if (v := untouched(c)).nbytes >= _SMALL and not isinstance(v, LazySparse)}
+        large = {
+            id(v): v
+            for c in self.constants()
+            if (v := untouched(c)).nbytes >= _SMALL and not isinstance(v, LazySparse)
+        }
         name = f"{path.name}.{digest(_raw(v) for v in large.values())}.data"
         offsets: dict[int, int] = {}
         with atomic_write(path.parent / name) as file:
@@ -209,7 +222,9 @@ class Model:
             if id(values) not in offsets:
                 return inline(tensor_name, values)
             dtype = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-            out = TensorProto(name=tensor_name, dims=values.shape, data_type=dtype, data_location=TensorProto.EXTERNAL)
+            out = TensorProto(
+                name=tensor_name, dims=values.shape, data_type=dtype, data_location=TensorProto.EXTERNAL
+            )
             entries = {"location": name, "offset": offsets[id(values)], "length": len(_raw(values))}
             for key, value in entries.items():
                 out.external_data.add(key=key, value=str(value))
@@ -246,9 +261,15 @@ def load(source: Source) -> Model:
     return _build(file.parse(), file, path)
 
 
-def _build(proto: onnx.ModelProto, file: ModelFile, path: Path | None) -> Model:
-    from graphopt.sanity import check_loaded, check_proto  # noqa: PLC0415  (it needs Model)
+def check_output(path: Path) -> None:
+    """Raise ModelError where no file can be written at `path`, before any work is done for it."""
+    if not path.parent.is_dir():
+        raise ModelError("the output folder does not exist", at=str(path.parent), hint="create it first")
+    if path.is_dir():
+        raise ModelError("the output is a folder", at=str(path), hint="name a file in it")
 
+
+def _build(proto: onnx.ModelProto, file: ModelFile, path: Path | None) -> Model:
     where = str(path) if path else "model in memory"
     check_proto(proto, where)
     try:
@@ -258,7 +279,7 @@ def _build(proto: onnx.ModelProto, file: ModelFile, path: Path | None) -> Model:
             error.at = f"{error.at} in {path}" if error.at else str(path)
         raise
     model = Model(shell_of(proto, {"graph", "functions"}), graph, functions, path)
-    check_loaded(model)
+    check_graphs(model.graphs(), functions)
     return model
 
 

@@ -23,7 +23,10 @@ def grid(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], numeric: Ite
     right = set(numeric)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="right" if column in right else "left", overflow="fold")
+        number = column in right
+        table.add_column(
+            column.replace("_", " "), justify="right" if number else "left", overflow="fold", no_wrap=number
+        )
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     return table

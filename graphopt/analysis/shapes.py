@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,49 +35,95 @@ class TensorType:
 
 
 class Shapes:
-    """What inference found, by tensor; falls back to what the tensor itself states."""
+    """What inference finds, by tensor; each of its two readings is made when first asked for.
 
-    def __init__(self, found: dict[int, TensorType], keep: list[gs.Tensor]) -> None:
-        self._found = found
-        self._keep = keep  # an id belongs to its tensor only while that lives, in the graph or not
+    Args:
+        model: the model, as it is now.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._trusting: _Found | None = None
+        self._doubting: _Found | None = None
 
     def of(self, tensor: gs.Tensor) -> TensorType:
-        """Return the type of `tensor`."""
+        """Return the type of `tensor`: what inference finds from what the file states, else what it states."""
         if isinstance(tensor, gs.Constant):
             return TensorType(tensor.dtype, tuple(tensor.shape))
-        found = self._found.get(id(tensor))
-        if found is not None and found.dtype is not None and found.shape is not None:
-            return found
-        stated_shape = None if tensor.shape is None else tuple(tensor.shape)
+        if self._trusting is None:
+            self._trusting = _infer(self._model, trusting=True)
+        found = self._trusting.of(tensor)
+        stated = TensorType(tensor.dtype, None if tensor.shape is None else tuple(tensor.shape))
         if found is None:
-            return TensorType(tensor.dtype, stated_shape)
-        return TensorType(found.dtype if found.dtype is not None else tensor.dtype,
-                          found.shape if found.shape is not None else stated_shape)  # fmt: skip
+            return stated
+        return TensorType(
+            found.dtype if found.dtype is not None else stated.dtype,
+            found.shape if found.shape is not None else stated.shape,
+        )
+
+    def proved(self, tensor: gs.Tensor) -> TensorType:
+        """Return the type of `tensor` as far as it follows from the types of the model's inputs.
+
+        What a file states of inner values and outputs may be out of date (inputs made dynamic after the export),
+        and ORT does not hold a model to it; a rewrite that is right only for one shape must not rely on it.
+        """
+        if isinstance(tensor, gs.Constant):
+            return TensorType(tensor.dtype, tuple(tensor.shape))
+        if self._doubting is None:
+            self._doubting = _infer(self._model, trusting=False)
+        return self._doubting.of(tensor) or TensorType(None, None)
 
 
-def infer(model: Model) -> Shapes:
+class _Found:
+    """Types by tensor; keeps the tensors alive, since an id belongs to one only as long as it lives."""
+
+    def __init__(self) -> None:
+        self._types: dict[int, tuple[TensorType, gs.Tensor]] = {}
+
+    def of(self, tensor: gs.Tensor) -> TensorType | None:
+        found = self._types.get(id(tensor))
+        return None if found is None else found[0]
+
+    def add(self, tensor: gs.Tensor, found: TensorType) -> None:
+        known = self.of(tensor)
+        if known is None or known.shape is None:
+            self._types[id(tensor)] = found, tensor
+
+
+def _infer(model: Model, *, trusting: bool) -> _Found:
     """Infer all types and shapes; where inference fails, only what the file states is known."""
     skeleton = model.skeleton()
+    if not trusting:
+        _forget(skeleton.graph, inner=False)
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
     except onnx.shape_inference.InferenceError:
         inferred = skeleton
-    found: dict[int, TensorType] = {}
+    found = _Found()
     _read(model.graph, inferred.graph, found)
-    keep = [t for graph in model.graphs() for t in (*graph.inputs, *(o for n in graph.nodes for o in n.outputs))]
-    return Shapes(found, keep)
+    return found
 
 
-def _read(graph: gs.Graph, proto: onnx.GraphProto, found: dict[int, TensorType]) -> None:
+def _forget(graph: onnx.GraphProto, *, inner: bool) -> None:
+    """Clear all shapes but those of the model's inputs and initializers."""
+    del graph.value_info[:]
+    for info in (*graph.output, *(graph.input if inner else ())):
+        if info.type.WhichOneof("value") == "tensor_type":
+            info.type.tensor_type.ClearField("shape")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _forget(attribute.g, inner=True)
+
+
+def _read(graph: gs.Graph, proto: onnx.GraphProto, found: _Found) -> None:
     tensors = {t.name: t for node in graph.nodes for t in node.outputs if t.name}
     tensors.update((t.name, t) for t in graph.inputs)
     for info in (*proto.value_info, *proto.output, *proto.input):
         tensor = tensors.get(info.name)
         if isinstance(tensor, gs.Variable):
             dtype, shape, _ = tensor_type(info)
-            known = found.get(id(tensor))
-            if known is None or known.shape is None:
-                found[id(tensor)] = TensorType(dtype, None if shape is None else tuple(shape))
+            found.add(tensor, TensorType(dtype, None if shape is None else tuple(shape)))
     for node, node_proto in zip(graph.nodes, proto.node, strict=True):
         inner = {a.name: a.g for a in node_proto.attribute if a.type == onnx.AttributeProto.GRAPH}
         for name, attribute in node.attrs.items():

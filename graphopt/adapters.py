@@ -359,11 +359,16 @@ def _groupnorm_21(node: gs.Node, editor: Editor) -> None:
     if not isinstance(channels, int) or not isinstance(groups, int):
         raise Refused("its number of channels is not known")
     for at in (1, 2):
-        values = values_of(node.inputs[at])
-        if values is None:
-            raise Refused("its scale or bias is computed")
-        wide = np.repeat(values, channels // groups)
-        replace_input(node, at, editor.constant(f"{node.inputs[at].name}/per_channel", wide))
+        narrow, repeats = node.inputs[at], channels // groups
+        base = f"{narrow.name}/per_channel"
+        values = values_of(narrow)
+        if values is not None:
+            wide: gs.Tensor = editor.constant(base, np.repeat(values, repeats))
+        else:
+            column = editor.insert(node, "Unsqueeze", [narrow, editor.constant(base, np.array([1]))])
+            table = editor.insert(node, "Tile", [column, editor.constant(base, np.array([1, repeats]))])
+            wide = editor.insert(node, "Reshape", [table, editor.constant(base, np.array([-1]))])
+        replace_input(node, at, wide)
 
 
 _BROADCASTING = ("Add", "Sub", "Mul", "Div", "Pow", "And", "Or", "Xor", "Equal", "Greater", "Less")

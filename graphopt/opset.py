@@ -139,6 +139,7 @@ class _Upgrade:
         while version < self.target:
             known = _versions(node.op)
             at = bisect.bisect_right(known, version)
+            self.version = version
             if at == 0 and node.op not in UNCHANGED_EXPERIMENTS:
                 raise Refused("the operator was an experiment, which later operator sets do not have")
             if at == len(known) or known[at] > self.target:
@@ -146,10 +147,10 @@ class _Upgrade:
             self.version = known[at]
             adapter = ADAPTERS.get((node.op, self.version))
             if adapter is not None:
-                form = _form(node)
-                adapter_op = node.op
+                op, form = node.op, _form(node)
                 adapter(node, self)
-                self.adapted[adapter_op] += _form(node) != form
+                if _form(node) != form:
+                    self.adapted[op] += 1
             elif at > 0:
                 _check_step(node, version, self.version)
             version = self.version
@@ -268,7 +269,7 @@ def changes(old: Any, new: Any, attrs: set[str], inputs: int, outputs: int) -> I
         former = old.attributes.get(name)
         if former is not None and former.type != attribute.type and name in attrs:
             yield f"attribute '{name}' changed its type"
-        elif name not in attrs and attribute.required:
+        elif name not in attrs and attribute.required and not (former and former.required):
             yield f"attribute '{name}' is needed"
         elif name not in attrs and name not in NEUTRAL.get(new.name, ()) and _default(former) != _default(attribute):
             yield f"attribute '{name}' may change the meaning"

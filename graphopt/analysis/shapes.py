@@ -39,10 +39,12 @@ class Shapes:
 
     Args:
         model: the model, as it is now.
+        inputs: input name -> shape, to find what follows from it where the model leaves dimensions open.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, inputs: Mapping[str, Sequence[int]] | None = None) -> None:
         self._model = model
+        self._inputs = dict(inputs or {})
         self._trusting: _Found | None = None
         self._doubting: _Found | None = None
 
@@ -51,7 +53,7 @@ class Shapes:
         if isinstance(tensor, gs.Constant):
             return TensorType(tensor.dtype, tuple(tensor.shape))
         if self._trusting is None:
-            self._trusting = _infer(self._model, trusting=True)
+            self._trusting = _infer(self._model, self._inputs, trusting=True)
         found = self._trusting.of(tensor)
         stated = TensorType(tensor.dtype, None if tensor.shape is None else tuple(tensor.shape))
         if found is None:
@@ -70,7 +72,7 @@ class Shapes:
         if isinstance(tensor, gs.Constant):
             return TensorType(tensor.dtype, tuple(tensor.shape))
         if self._doubting is None:
-            self._doubting = _infer(self._model, trusting=False)
+            self._doubting = _infer(self._model, self._inputs, trusting=False)
         return self._doubting.of(tensor) or TensorType(None, None)
 
 
@@ -90,9 +92,11 @@ class _Found:
             self._types[id(tensor)] = found, tensor
 
 
-def _infer(model: Model, *, trusting: bool) -> _Found:
+def _infer(model: Model, inputs: Mapping[str, Sequence[int]], *, trusting: bool) -> _Found:
     """Infer all types and shapes; where inference fails, only what the file states is known."""
     skeleton = model.skeleton()
+    if inputs:
+        _fix(skeleton.graph, inputs)
     if not trusting:
         _forget(skeleton.graph, inner=False)
     try:
@@ -102,6 +106,19 @@ def _infer(model: Model, *, trusting: bool) -> _Found:
     found = _Found()
     _read(model.graph, inferred.graph, found)
     return found
+
+
+def _fix(graph: onnx.GraphProto, inputs: Mapping[str, Sequence[int]]) -> None:
+    """Give the inputs these shapes, and open every symbolic dimension that is stated elsewhere."""
+    for info in (*graph.value_info, *graph.output):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.ClearField("dim_param")
+    for info in graph.input:
+        if info.name in inputs:
+            shape = info.type.tensor_type.shape
+            shape.ClearField("dim")
+            shape.dim.extend(onnx.TensorShapeProto.Dimension(dim_value=int(size)) for size in inputs[info.name])
 
 
 def _forget(graph: onnx.GraphProto, *, inner: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analysis.shapes import Shapes, infer
+from graphopt.analysis.shapes import Shapes
 from graphopt.model import Model
 
 KEEPS_VALUES = frozenset({
@@ -51,11 +51,12 @@ CONTROLS = {
     ("Resize", 2): "scales", ("Upsample", 1): "scales", ("Resize", 3): "sizes", ("Range", 0): "zeros",
     ("Range", 1): "limit", ("Range", 2): "ones", ("Pad", 1): "pads", ("Pad", 3): "axes", ("Unsqueeze", 1): "new-axes",
     ("Squeeze", 1): "one-axes", ("Split", 1): "split", ("SplitToSequence", 1): "split", ("CumSum", 1): "zeros",
+    ("CumProd", 1): "zeros",
     ("OneHot", 1): "depth", ("Trilu", 1): "zeros", ("Dropout", 1): "zeros", ("Dropout", 2): "false", ("Clip", 1): "low",
     ("Clip", 2): "high", ("RNN", 4): "lengths", ("LSTM", 4): "lengths", ("GRU", 4): "lengths",
     ("ReverseSequence", 1): "lengths", ("SequenceAt", 1): "zeros", ("SequenceInsert", 2): "zeros",
     ("SequenceErase", 1): "zeros", ("NonMaxSuppression", 2): "k", ("NonMaxSuppression", 3): "half",
-    ("NonMaxSuppression", 4): "zeros", ("BitShift", 1): "small", ("DFT", 1): "length", ("DFT", 2): "one-axes",
+    ("NonMaxSuppression", 4): "zeros", ("BitShift", 1): "small", ("DFT", 1): "length", ("DFT", 2): "ones",
     ("HannWindow", 0): "length", ("HammingWindow", 0): "length", ("BlackmanWindow", 0): "length",
     ("MelWeightMatrix", 0): "length", ("MelWeightMatrix", 1): "length-2", ("MelWeightMatrix", 2): "rate",
     ("MelWeightMatrix", 3): "zeros", ("MelWeightMatrix", 4): "quarter-rate", ("CenterCropPad", 1): "output-shape",
@@ -121,7 +122,7 @@ class InputUses:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.shapes: Shapes = infer(model)
+        self.shapes = Shapes(model)
         self._functions = {(f.domain or "", f.name): f for f in model.functions}
         self.by_name = {tensor.name: self._follow(tensor) for tensor in model.graph.inputs}
 

@@ -72,9 +72,9 @@ class Context:
     def shapes(self) -> Shapes:
         """Types and shapes of all tensors, inferred when first asked for in this pass."""
         if self._shapes is None:
-            from graphopt.analysis.shapes import infer  # noqa: PLC0415  (analysis stands beside base)
+            from graphopt.analysis.shapes import Shapes  # noqa: PLC0415  (analysis stands beside base)
 
-            self._shapes = infer(self.model)
+            self._shapes = Shapes(self.model)
         return self._shapes
 
     def forget(self) -> None:
@@ -132,7 +132,7 @@ class Pass:
     stage: ClassVar[Literal["canonical", "lowering"]] = "canonical"
     changes_signature: ClassVar[bool] = False
 
-    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:  # noqa: ARG002  (what subclasses define)
+    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose changes to `graph`."""
         raise TypeError(f"{type(self).__name__} does not define run()")
 

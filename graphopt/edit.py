@@ -113,9 +113,13 @@ class Edit:
         """Take a node out, with its subgraphs; its outputs must not be used any more when the sweep comes."""
         self._gone[id(node)] = node
 
+    def adopt(self, nodes: Iterable[gs.Node]) -> None:
+        """Treat nodes as standing in this graph: `insert_after` will put them there."""
+        self._local.update(id(n) for n in nodes)
+
     def insert_after(self, place: gs.Node | None, nodes: Sequence[gs.Node]) -> None:
         """Put nodes behind `place` (which may be one that goes), or first of all where that is None."""
-        self._local.update(id(n) for n in nodes)
+        self.adopt(nodes)
         if place is None:
             self._front.extend(nodes)
         else:
@@ -212,16 +216,16 @@ def relink_consumers(tensor: gs.Tensor) -> None:
 
 
 def names_defined(graphs: Iterable[gs.Graph]) -> set[str]:
-    """Return the names of all inputs, constants and node outputs of these graphs."""
+    """Return the names of all inputs, initializers and node outputs of these graphs.
+
+    Constants that passes made are left out: their names are unique in the model.
+    """
     names: set[str] = set()
     for graph in graphs:
         names.update(t.name for t in graph.inputs)
         held = origin(graph)
         names.update(c.name for c in (held.declared if held else ()))
-        for node in graph.nodes:
-            names.update(t.name for t in node.outputs)
-            names.update(t.name for t in node.inputs if isinstance(t, gs.Constant))
-        names.update(t.name for t in graph.outputs)
+        names.update(t.name for n in graph.nodes for t in n.outputs)
     return names
 
 
@@ -295,6 +299,16 @@ def carry_metadata(source: Sequence[gs.Node], target: gs.Node) -> None:
             merged.update(came_from.metadata)
     if merged:
         target.origin = NodeOrigin(onnx.NodeProto(), merged)
+
+
+def declare(graph: gs.Graph, constant: gs.Constant) -> None:
+    """Make a constant one of the initializers of `graph`, so that nobody takes it for an outer graph's.
+
+    Constants with a name of their own in the whole model (`Context.constant`) can do without.
+    """
+    held = origin(graph)
+    if held is not None:
+        held.declared.append(constant)
 
 
 def drop_declared(graph: gs.Graph, gone: set[int]) -> None:

@@ -87,7 +87,7 @@ MOVED_TO_INPUT: Mapping[tuple[str, str], tuple[int, int]] = {
 """(operator, parameter) -> (opset from which it is an input, index of that input); before, it is an attribute."""
 
 OUTPUTS_SET_MODE = frozenset({"BatchNormalization"})
-"""Naming an optional output changes what the operator computes (before opset 14)."""
+"""Naming an optional output may change what the operator computes (before opset 14)."""
 
 NOT_LARGER = frozenset({"NonZero", "Compress", "Unique", "Slice", "GatherND", "Gather", "StringNormalizer"})
 """Outputs of unknown size that their inputs bound (NonZero: rank indices for each element)."""

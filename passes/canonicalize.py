@@ -36,7 +36,7 @@ from graphopt.analysis.constants import (
     refers,
 )
 from graphopt.base import Change, Context, Pass
-from graphopt.edit import Edit, label, nested_graphs, turn_into
+from graphopt.edit import Edit, declare, label, nested_graphs, turn_into
 from graphopt.ops import ARITHMETIC, COMMUTATIVE, MOVED_TO_INPUT, MOVEMENT, STEPS, is_standard
 from graphopt.registry import register
 from graphopt.tensors import LazySparse, is_float, onnx_dtype
@@ -95,7 +95,7 @@ class _Site:
         return not any(self.graph is g for f in model.functions for g in nested_graphs(f.nodes))
 
     def shape(self, tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
-        return self.ctx.shapes.of(tensor).shape
+        return self.ctx.shapes.proved(tensor).shape
 
     def derive(self, kind: str, source: gs.Tensor, values: Array) -> gs.Constant:
         """Return the constant made of another by `kind`, the same one for all that ask."""
@@ -120,6 +120,7 @@ def _constant_node(site: _Site, node: gs.Node) -> Iterator[Change]:
         list.clear(node.outputs)
         tensor.to_constant(values)
         tensor.origin = values
+        declare(site.graph, tensor)
         site.edit.remove(node)
 
     yield Change(label(node), "Constant node -> initializer", "one spelling for constants", apply)
@@ -241,7 +242,7 @@ def _sum_of_two(site: _Site, node: gs.Node) -> Iterator[Change]:
 
 
 def _cast_like(site: _Site, node: gs.Node) -> Iterator[Change]:
-    dtype = site.ctx.shapes.of(node.inputs[1]).dtype
+    dtype = site.ctx.shapes.proved(node.inputs[1]).dtype
     if dtype is None or refers(node):
         return
 
@@ -293,7 +294,7 @@ def _set_axes(site: _Site, node: gs.Node, axes: Sequence[int]) -> Change:
 
 def _flatten_takes(site: _Site, node: gs.Node) -> bool:
     """Tell whether Flatten has this node's type: before opset 13 it has fewer, and never the small floats."""
-    dtype = site.ctx.shapes.of(node.inputs[0]).dtype
+    dtype = site.ctx.shapes.proved(node.inputs[0]).dtype
     return site.opset >= 13 and dtype is not None and dtype.kind != "V"
 
 

@@ -37,12 +37,12 @@ class EliminateDead(Pass):
     name: ClassVar[str] = "eliminate-dead"
     scope: ClassVar[Literal["graph", "model"]] = "model"
 
-    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:  # noqa: ARG002  (the whole model)
+    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose one change per node, output and function, and one per graph for its initializers."""
         model = ctx.model
         yield from _outputs_of_subgraphs(model)
         live = _live_nodes(model)
-        for inner in reversed(list(model.graphs())):
+        for inner in reversed(list(_live_graphs(model, live))):
             yield from _nodes(inner, live)
         yield from _functions(model)
         for inner in model.graphs():
@@ -75,6 +75,15 @@ def _live_nodes(model: Model) -> set[int]:
         for inner in subgraphs(node):
             need(inner.outputs)
     return live
+
+
+def _live_graphs(model: Model, live: set[int]) -> Iterator[gs.Graph]:
+    """Yield the graphs that stay, outer before inner."""
+    waiting: list[gs.Graph] = [model.graph, *model.functions]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        waiting.extend(g for n in graph.nodes if id(n) in live for g in subgraphs(n))
 
 
 def _nodes(graph: gs.Graph, live: set[int]) -> Iterator[Change]:
@@ -131,7 +140,7 @@ def _optional_outputs(graph: gs.Graph) -> Iterator[Change]:
 
 def _optional(node: gs.Node, opset: int) -> Iterator[int]:
     """Yield the outputs that an operator may leave out without computing anything else."""
-    if node.op in OUTPUTS_SET_MODE and opset < 14:
+    if node.op in OUTPUTS_SET_MODE:
         return
     try:
         schema = onnx.defs.get_schema(node.op, opset, "")

@@ -92,7 +92,7 @@ class _Site:
         return self.node.inputs[0]
 
     def dims(self, tensor: gs.Tensor) -> Dims | None:
-        return self.ctx.shapes.of(tensor).shape
+        return self.ctx.shapes.proved(tensor).shape
 
     def known(self, name: str) -> np.ndarray[Any, Any] | None:
         """Return a parameter's values, None where it is left out or computed."""
@@ -104,8 +104,8 @@ class _Site:
 
     def same_shape(self) -> bool:
         """Tell whether the first output has the first input's static shape."""
-        shape = self.ctx.shapes.of(self.x).static
-        return shape is not None and shape == self.ctx.shapes.of(self.node.outputs[0]).static
+        shape = self.ctx.shapes.proved(self.x).static
+        return shape is not None and shape == self.ctx.shapes.proved(self.node.outputs[0]).static
 
 
 Proof = Callable[[_Site], gs.Tensor | None]
@@ -120,7 +120,7 @@ def _dropout(site: _Site) -> gs.Tensor | None:
 
 
 def _cast(site: _Site) -> gs.Tensor | None:
-    dtype = site.ctx.shapes.of(site.x).dtype
+    dtype = site.ctx.shapes.proved(site.x).dtype
     if dtype is None:
         return None
     wanted = onnx.helper.tensor_dtype_to_np_dtype(site.node.attrs["to"])

@@ -64,12 +64,12 @@ def array_of(tensor: gs.Tensor, limit: int | None = None) -> Array | None:
     if isinstance(tensor, gs.Constant):
         if limit is not None and int(np.prod(tensor.shape, dtype=np.int64)) > limit:
             return None
-        return tensor.values
+        return np.asarray(tensor.values)
     node = constant_node(tensor)
     values = None if node is None else node_values(node)
     if values is None or (limit is not None and int(np.prod(values.shape, dtype=np.int64)) > limit):
         return None
-    return values if isinstance(values, np.ndarray) else values.load()
+    return np.asarray(values if isinstance(values, np.ndarray) else values.load())
 
 
 def scalar_of(tensor: gs.Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,7 @@ class Shapes:
         """Return the type of `tensor`: what inference finds from what the file states, else what it states."""
         if isinstance(tensor, gs.Constant):
             return TensorType(tensor.dtype, tuple(tensor.shape))
-        if self._trusting is None:
-            self._trusting = _infer(self._model, self._inputs, trusting=True)
-        found = self._trusting.of(tensor)
+        found = self.read().of(tensor)
         stated = TensorType(tensor.dtype, None if tensor.shape is None else tuple(tensor.shape))
         if found is None:
             return stated
@@ -62,6 +61,12 @@ class Shapes:
             found.dtype if found.dtype is not None else stated.dtype,
             found.shape if found.shape is not None else stated.shape,
         )
+
+    def read(self) -> _Found:
+        """Infer now, if that was not done yet."""
+        if self._trusting is None:
+            self._trusting = _infer(self._model, self._inputs, trusting=True)
+        return self._trusting
 
     def proved(self, tensor: gs.Tensor) -> TensorType:
         """Return the type of `tensor` as far as it follows from the types of the model's inputs.
@@ -74,6 +79,18 @@ class Shapes:
         if self._doubting is None:
             self._doubting = _infer(self._model, self._inputs, trusting=False)
         return self._doubting.of(tensor) or TensorType(None, None)
+
+
+def infer(model: Model, inputs: Mapping[str, Sequence[int]] | None = None) -> Shapes:
+    """Return the types and shapes of the model as it is now.
+
+    Args:
+        model: what to look at; not changed.
+        inputs: input name -> shape, where the model leaves dimensions open.
+    """
+    shapes = Shapes(model, inputs)
+    shapes.read()
+    return shapes
 
 
 class _Found:
@@ -95,10 +112,12 @@ class _Found:
 def _infer(model: Model, inputs: Mapping[str, Sequence[int]], *, trusting: bool) -> _Found:
     """Infer all types and shapes; where inference fails, only what the file states is known."""
     skeleton = model.skeleton()
-    if inputs:
-        _fix(skeleton.graph, inputs)
     if not trusting:
         _forget(skeleton.graph, inner=False)
+    for info in skeleton.graph.input:
+        if info.name in inputs and info.type.WhichOneof("value") == "tensor_type":
+            dims = [onnx.TensorShapeProto.Dimension(dim_value=int(d)) for d in inputs[info.name]]
+            info.type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto(dim=dims))
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
     except onnx.shape_inference.InferenceError:
@@ -106,19 +125,6 @@ def _infer(model: Model, inputs: Mapping[str, Sequence[int]], *, trusting: bool)
     found = _Found()
     _read(model.graph, inferred.graph, found)
     return found
-
-
-def _fix(graph: onnx.GraphProto, inputs: Mapping[str, Sequence[int]]) -> None:
-    """Give the inputs these shapes, and open every symbolic dimension that is stated elsewhere."""
-    for info in (*graph.value_info, *graph.output):
-        for dim in info.type.tensor_type.shape.dim:
-            if dim.HasField("dim_param"):
-                dim.ClearField("dim_param")
-    for info in graph.input:
-        if info.name in inputs:
-            shape = info.type.tensor_type.shape
-            shape.ClearField("dim")
-            shape.dim.extend(onnx.TensorShapeProto.Dimension(dim_value=int(size)) for size in inputs[info.name])
 
 
 def _forget(graph: onnx.GraphProto, *, inner: bool) -> None:

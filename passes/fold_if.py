@@ -1,0 +1,114 @@
+"""If with a constant condition: the branch that runs takes its place.
+
+    If(true) {then: … y}  ->  … y
+
+Names of the branch that the model defines elsewhere, too, get new ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from graphopt.analysis.constants import scalar_of
+from graphopt.base import Change, Context, Pass
+from graphopt.edit import Edit, declare, label, make_node, nested_graphs, replace_output, subgraphs
+from graphopt.importer import origin
+from graphopt.model import Model
+from graphopt.ops import is_standard
+from graphopt.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class FoldIf(Pass):
+    """Replace If nodes whose condition is constant by the branch that runs.
+
+    Exact, keeps the signature.  Conditions that are computed stay: fold-constants makes them constant first.
+    """
+
+    name: ClassVar[str] = "fold-if"
+
+    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
+        """Propose one change per If."""
+        waiting = [n for n in graph.nodes if is_standard(n, "If")]
+        if not waiting:
+            return
+        defined = _definitions(ctx.model)
+        while waiting:
+            inlined: list[gs.Node] = []
+            with Edit(graph) as edit:
+                for node in waiting:
+                    condition = scalar_of(node.inputs[0])
+                    if condition is None:
+                        continue
+                    chosen = "then_branch" if condition else "else_branch"
+
+                    def apply(
+                        node: gs.Node = node,
+                        chosen: str = chosen,
+                        edit: Edit = edit,
+                        inlined: list[gs.Node] = inlined,
+                    ) -> None:
+                        inlined.extend(_inline(edit, ctx, node, node.attrs[chosen], defined))
+
+                    yield Change(label(node), f"If -> its {chosen}", f"its condition is {bool(condition)}", apply)
+            waiting = [n for n in inlined if is_standard(n, "If")]
+
+
+def _definitions(model: Model) -> Counter[str]:
+    """Count in how many graphs each tensor name is defined."""
+    counts: Counter[str] = Counter()
+    for graph in model.graphs():
+        counts.update(t.name for t in (*graph.inputs, *_own_tensors(graph)))
+    return counts
+
+
+def _inline(edit: Edit, ctx: Context, node: gs.Node, branch: gs.Graph, defined: Counter[str]) -> list[gs.Node]:
+    """Put the nodes of a branch in the place of its If; return them."""
+    dropped = [g for g in subgraphs(node) if g is not branch]
+    for graph in (*dropped, *nested_graphs(n for g in dropped for n in g.nodes)):
+        defined.subtract(t.name for t in (*graph.inputs, *_own_tensors(graph)))
+    for tensor in _own_tensors(branch):
+        if defined[tensor.name] > 1:
+            defined[tensor.name] -= 1
+            tensor.name = ctx.fresh_name(f"{label(node)}/{tensor.name}")
+            defined[tensor.name] += 1
+    nodes, results = list(branch.nodes), list(branch.outputs)
+    for constant in (t for t in _own_tensors(branch) if isinstance(t, gs.Constant)):
+        declare(edit.graph, constant)
+    branch.nodes.clear()
+    branch.outputs.clear()
+    edit.insert_after(node, [*nodes, *_connect(edit, ctx, node, nodes, results)])
+    edit.remove(node)
+    return nodes
+
+
+def _connect(
+    edit: Edit, ctx: Context, node: gs.Node, nodes: list[gs.Node], results: list[gs.Tensor]
+) -> Iterator[gs.Node]:
+    """Make the branch's results the outputs of its If; yield the Identity nodes that this takes."""
+    edit.adopt(nodes)
+    stands_for: dict[int, gs.Tensor] = {}
+    for old, result in zip(list(node.outputs), results, strict=True):
+        new = stands_for.get(id(result), result)
+        if old.is_empty():
+            continue
+        if edit.bypass(old, new):
+            if edit.is_output(old):
+                stands_for[id(result)] = old
+            continue
+        replace_output(node, old, gs.Variable.empty())
+        yield make_node("Identity", [new], [old], name=ctx.fresh_name(f"{label(node)}/{old.name}"), like=[node])
+
+
+def _own_tensors(graph: gs.Graph) -> list[gs.Tensor]:
+    """Return the tensors that a graph defines, but for its inputs: outputs of its nodes, and its constants."""
+    found = {id(t): t for n in graph.nodes for t in n.outputs if t.name}
+    held = origin(graph)
+    found.update((id(c), c) for c in (held.declared if held else ()))
+    return list(found.values())

@@ -21,10 +21,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt import environment
+from graphopt.analysis.cost import Observation
 from graphopt.data import Spec, load_samples
 from graphopt.errors import DataError
 from graphopt.model import INLINE_LIMIT, Model, Source, load
-from graphopt.runtime import Session
+from graphopt.runtime import Feeds, Session
 
 _MAX_EVENTS = 500_000
 """ORT drops events beyond a million."""
@@ -174,6 +175,33 @@ def per_node(
     return Profile(
         tuple(rows), kept, seconds, loaded.description, environment.describe(threads=threads, provider=provider)
     )
+
+
+def observe(model: Model, feed: Feeds, *, custom_ops: Sequence[Path] = ()) -> Observation:
+    """Run the model once, as it stands (ORT's rewriting off), and return the shapes and calls seen.
+
+    Raises:
+        ModelError: ORT refuses the model.
+        DataError: ORT rejects the feed.
+    """
+    copy = load(model)
+    named = _Original(copy).named
+    session = Session(copy, optimization="off", profile=True, custom_ops=custom_ops)
+    session.run(feed)
+    own = list(model.nodes())
+    shapes: dict[int, tuple[int, ...]] = {}
+    calls: Counter[int] = Counter()
+    for event in session.profile_events():
+        index = named.get(event["name"].removesuffix(_SUFFIX)) if event["cat"] == "Node" else None
+        if index is None:
+            continue
+        node = own[index]
+        calls[id(node)] += 1
+        made = [t for t in node.outputs if t.name]
+        seen = event["args"].get("output_type_shape", [])
+        if len(seen) == len(made):  # sequences and maps leave a gap
+            shapes.update((id(t), tuple(next(iter(s.values())))) for t, s in zip(made, seen, strict=True))
+    return Observation(shapes, dict(calls))
 
 
 @dataclass

@@ -43,6 +43,19 @@ class NodeCost:
     parameter_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What one run of the model showed, by the id of the model's own objects.
+
+    Attributes:
+        shapes: tensor -> its shape (inside a loop: in the last turn).
+        calls: node -> how often it ran; one that is not here did not run.
+    """
+
+    shapes: Mapping[int, Shape]
+    calls: Mapping[int, int]
+
+
 class Costs:
     """Cost of every node of the main graph and its subgraphs (function bodies have no shapes: not in it)."""
 
@@ -70,39 +83,67 @@ class Costs:
         return [node for node in self._main if self.of(node).macs is None]
 
 
-def costs(model: Model, shapes: Shapes | None = None, *, inputs: Mapping[str, Sequence[int]] | None = None) -> Costs:
+def costs(
+    model: Model,
+    shapes: Shapes | None = None,
+    *,
+    inputs: Mapping[str, Sequence[int]] | None = None,
+    observed: Observation | None = None,
+) -> Costs:
     """Return the cost of every node.
 
     Args:
         model: whose nodes.
         shapes: its tensors' shapes, when already inferred.
         inputs: input name -> shape, where the model leaves dimensions open and `shapes` is not given.
+        observed: a run at such inputs; gives shapes that inference does not find, branches taken and turns of loops.
     """
     found: dict[int, NodeCost] = {}
-    types = shapes if shapes is not None else Shapes(model, inputs)
+    sizes = Sizes(shapes if shapes is not None else Shapes(model, inputs), observed)
     functions = {(f.domain or "", f.name) for f in model.functions}
-    _Counter(types, functions, found).graph(model.graph)
+    _Counter(sizes, functions, found).graph(model.graph)
     return Costs(list(model.graph.nodes), found)
+
+
+class Sizes:
+    """Concrete shapes: inferred ones first, then observed ones."""
+
+    def __init__(self, shapes: Shapes, observed: Observation | None = None) -> None:
+        self._shapes = shapes
+        self.observed = observed
+
+    def of(self, tensor: gs.Tensor) -> Shape | None:
+        """Return the shape of a tensor, None where unknown."""
+        static = self._shapes.of(tensor).static
+        return self.observed.shapes.get(id(tensor)) if static is None and self.observed is not None else static
+
+    def bytes(self, tensor: gs.Tensor) -> int | None:
+        """Return the bytes of a tensor, None where shape or type are unknown, and for strings."""
+        shape, dtype = self.of(tensor), self._shapes.of(tensor).dtype
+        if shape is None or dtype is None or dtype.kind in "OSU":
+            return None
+        try:
+            return byte_size(onnx_dtype(dtype), shape, tensor.name)
+        except ModelError:
+            return None
 
 
 class View:
     """A node as rules see it: concrete shapes of its inputs and outputs, or None."""
 
-    def __init__(self, node: gs.Node, shapes: Shapes) -> None:
+    def __init__(self, node: gs.Node, sizes: Sizes) -> None:
         self.node = node
         self.attrs: Mapping[str, Any] = node.attrs
-        self._shapes = shapes
+        self._sizes = sizes
 
     def input(self, index: int) -> Shape | None:
         """Return the shape of an input, None where unknown or left out."""
         tensors = self.node.inputs
-        if index >= len(tensors) or not tensors[index].name:
-            return None
-        return self._shapes.of(tensors[index]).static
+        return self._sizes.of(tensors[index]) if index < len(tensors) and tensors[index].name else None
 
     def output(self, index: int = 0) -> Shape | None:
         """Return the shape of an output, None where unknown."""
-        return self._shapes.of(self.node.outputs[index]).static if index < len(self.node.outputs) else None
+        return self._sizes.of(self.node.outputs[index]) if index < len(self.node.outputs) else None
 
 
 Rule: TypeAlias = Callable[[View], int | None]
@@ -225,7 +266,7 @@ MACS: Mapping[tuple[str, str], Rule] = {
     ("com.microsoft", "MatMulIntegerToFloat"): _product(),
     ("com.microsoft", "DynamicQuantizeMatMul"): _product(),
     ("com.microsoft", "MatMulNBits"): _block_quantized,
-    ("com.microsoft", "DynamicQuantizeLSTM"): lambda view: None if view.input(1) is None else _quantized_lstm(view),
+    ("com.microsoft", "DynamicQuantizeLSTM"): _recurrent,
     ("com.microsoft", "Attention"): _packed_attention,
     ("com.microsoft", "MultiHeadAttention"): _multi_head,
     ("com.microsoft.nchwc", "Conv"): _convolution(1),
@@ -255,31 +296,26 @@ PICKS = frozenset({"Gather", "GatherElements", "GatherND", "Slice", "Shape", "Si
 """Of the first input, only what comes out is read (of Shape and Size nothing)."""
 
 
-def _quantized_lstm(view: View) -> int | None:
-    """DynamicQuantizeLSTM: as LSTM; W and R are stored transposed, which does not change their size."""
-    return _recurrent(view)
-
-
 class _Counter:
     """Costs the nodes of a graph, inner graphs first."""
 
-    def __init__(self, shapes: Shapes, functions: set[tuple[str, str]], found: dict[int, NodeCost]) -> None:
-        self.shapes, self.functions, self.found = shapes, functions, found
+    def __init__(self, sizes: Sizes, functions: set[tuple[str, str]], found: dict[int, NodeCost]) -> None:
+        self.sizes, self.functions, self.found = sizes, functions, found
 
-    def graph(self, graph: gs.Graph) -> tuple[int | None, int | None]:
-        """Cost every node of `graph`; return MACs and bytes of one run of it, None where any is unknown."""
+    def graph(self, graph: gs.Graph) -> None:
+        """Cost every node of `graph`."""
         for node in graph.nodes:
             self.found[id(node)] = self._node(node)
-        return _sum(self.found[id(n)].macs for n in graph.nodes), _sum(self.found[id(n)].bytes for n in graph.nodes)
 
     def _node(self, node: gs.Node) -> NodeCost:
-        inner = {name: self.graph(a) for name, a in node.attrs.items() if isinstance(a, gs.Graph)}
+        inner = [a for a in node.attrs.values() if isinstance(a, gs.Graph)]
+        for graph in inner:
+            self.graph(graph)
         parameters = list(_parameters(node))
         size = sum(math.prod(values.shape) for values in parameters)
-        weight = sum(_constant_bytes(values) for values in parameters)
+        weight = sum(int(values.nbytes) for values in parameters)
         if inner:
-            macs, moved = self._repeated(node, inner)
-            return NodeCost(macs, moved, size, weight)
+            return NodeCost(*self._repeated(node, inner), size, weight)
         return NodeCost(self._macs(node), self._bytes(node), size, weight)
 
     def _macs(self, node: gs.Node) -> int | None:
@@ -288,54 +324,53 @@ class _Counter:
             return None
         rule = MACS.get((domain, node.op))
         if rule is not None:
-            return rule(View(node, self.shapes))
+            return rule(View(node, self.sizes))
         counted = node.op not in UNRULED if not domain else domain in ORT_DOMAINS and node.op in ORT_WITHOUT_MACS
         return 0 if counted else None
 
-    def _repeated(
-        self, node: gs.Node, inner: Mapping[str, tuple[int | None, int | None]]
-    ) -> tuple[int | None, int | None]:
-        """Return MACs and bytes of a node with subgraphs: of the dearer branch, or of the body times its runs."""
-        if node.op == "If":
-            return _largest(i[0] for i in inner.values()), _largest(i[1] for i in inner.values())
-        body = next(iter(inner.values()))
-        runs = self._runs(node)
-        return _times(body[0], runs), _times(body[1], runs)
+    def _repeated(self, node: gs.Node, inner: Sequence[gs.Graph]) -> tuple[int | None, int | None]:
+        """Return MACs and bytes of a node with subgraphs.
 
-    def _runs(self, node: gs.Node) -> int | None:
+        As observed; else those of the dearer branch, or of the body times its turns.
+        """
+        observed = self.sizes.observed
+        if observed is not None and id(node) in observed.calls:
+            calls = observed.calls[id(node)]
+            ran = [
+                (self.found[id(n)], observed.calls[id(n)]) for g in inner for n in g.nodes if id(n) in observed.calls
+            ]
+            macs, moved = _sum(_times(c.macs, k) for c, k in ran), _sum(_times(c.bytes, k) for c, k in ran)
+            return None if macs is None else macs // calls, None if moved is None else moved // calls
+        bodies = [[self.found[id(n)] for n in g.nodes] for g in inner]
+        each = [(_sum(c.macs for c in body), _sum(c.bytes for c in body)) for body in bodies]
+        if node.op == "If":
+            return _largest(m for m, _ in each), _largest(b for _, b in each)
+        turns = self._turns(node)
+        return _times(each[0][0], turns), _times(each[0][1], turns)
+
+    def _turns(self, node: gs.Node) -> int | None:
         if node.op == "Loop" and (len(node.inputs) < 2 or not node.inputs[1].name):
             count = scalar_of(node.inputs[0]) if node.inputs else None
             return int(count) if count is not None else None
-        if node.op == "Scan":
-            return self._scan_length(node)
-        return None
+        return self._scan_length(node) if node.op == "Scan" else None
 
     def _scan_length(self, node: gs.Node) -> int | None:
         scanned = int(node.attrs.get("num_scan_inputs", 0))
         axes = node.attrs.get("scan_input_axes") or [0]
         if not 0 < scanned <= len(node.inputs):
             return None
-        shape = self.shapes.of(node.inputs[len(node.inputs) - scanned]).static
+        shape = self.sizes.of(node.inputs[len(node.inputs) - scanned])
         return shape[axes[0]] if shape is not None and -len(shape) <= axes[0] < len(shape) else None
 
     def _bytes(self, node: gs.Node) -> int | None:
-        if node.op in VIEWS and node.domain in STANDARD_DOMAINS:
+        standard = node.domain in STANDARD_DOMAINS
+        if standard and node.op in VIEWS:
             return 0
-        written = _sum(self._tensor_bytes(t) for t in node.outputs if t.name)
+        written = _sum(self.sizes.bytes(t) for t in node.outputs if t.name)
         read = list({id(t): t for t in node.inputs if t.name}.values())
-        if node.op in PICKS and node.domain in STANDARD_DOMAINS:
-            picked = 0 if node.op in ("Shape", "Size") else written
-            return _sum([picked, written, *(self._tensor_bytes(t) for t in read[1:])])
-        return _sum([written, *(self._tensor_bytes(t) for t in read)])
-
-    def _tensor_bytes(self, tensor: gs.Tensor) -> int | None:
-        found = self.shapes.of(tensor)
-        if found.dtype is None or found.static is None or found.dtype.kind in "OSU":
-            return None
-        try:
-            return byte_size(onnx_dtype(found.dtype), found.static, tensor.name)
-        except ModelError:
-            return None
+        first = 1 if standard and node.op in PICKS else 0
+        picked = written if first and node.op not in ("Shape", "Size") else 0
+        return _sum([written, picked, *(self.sizes.bytes(t) for t in read[first:])])
 
 
 def _parameters(node: gs.Node) -> Iterator[Any]:
@@ -345,10 +380,6 @@ def _parameters(node: gs.Node) -> Iterator[Any]:
             yield tensor._values
         elif (maker := constant_node(tensor)) is not None and (values := node_values(maker)) is not None:
             yield values
-
-
-def _constant_bytes(values: Any) -> int:
-    return int(values.nbytes)
 
 
 def _size(shape: Shape | None) -> int | None:

@@ -1,4 +1,4 @@
-"""Provider choice, with a real second provider in an environment of its own (ORT's distributions exclude each other)."""
+"""Provider choice, with a real second provider in an environment of its own (distributions of ORT clash)."""
 
 from __future__ import annotations
 

@@ -35,7 +35,10 @@ class Editor(Protocol):
         """Return the element type, None if unknown."""
 
     def shape(self, tensor: gs.Tensor) -> Sequence[int | str | None] | None:
-        """Return the shape, None if the rank is unknown."""
+        """Return the shape as far as it follows from the model's inputs, None if it does not."""
+
+    def rank(self, tensor: gs.Tensor) -> int | None:
+        """Return the number of dimensions, None if unknown."""
 
     def used(self, tensor: gs.Tensor) -> bool:
         """Tell whether anything reads the tensor."""
@@ -111,10 +114,10 @@ def _scalar_like(node: gs.Node, name: str, value: float, like: gs.Tensor, editor
 
 
 def _rank(tensor: gs.Tensor, editor: Editor) -> int:
-    shape = editor.shape(tensor)
-    if shape is None:
+    rank = editor.rank(tensor)
+    if rank is None:
         raise Refused(f"the rank of '{tensor.name}' is not known")
-    return len(shape)
+    return rank
 
 
 def _drop_outputs(node: gs.Node, editor: Editor, what: str) -> None:
@@ -178,9 +181,7 @@ def _append_ones(node: gs.Node, count: int, editor: Editor) -> None:
 
 def _prelu(node: gs.Node, editor: Editor) -> None:
     slope = editor.shape(node.inputs[1])
-    if slope is None:
-        raise Refused("the shape of its slope is not known")
-    if len(slope) == 1 and slope[0] != 1:
+    if _rank(node.inputs[1], editor) == 1 and (slope is None or slope[0] != 1):
         _append_ones(node, _rank(node.inputs[0], editor) - 2, editor)
 
 

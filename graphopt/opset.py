@@ -90,6 +90,7 @@ class _Upgrade:
         self.model = model
         self.target = target
         self.types: Shapes = infer(model)
+        self.types.proved(gs.Variable(""))  # both readings must be made now, while the model is of one opset
         graphs = list(model.graphs())
         self.outputs = {id(t) for graph in graphs for t in graph.outputs}
         self.names = {t.name for g in graphs for n in g.nodes for t in (*n.inputs, *n.outputs)}
@@ -165,7 +166,10 @@ class _Upgrade:
         return self.types.of(tensor).dtype
 
     def shape(self, tensor: gs.Tensor) -> Sequence[int | str | None] | None:
-        return self.types.of(tensor).shape
+        return self.types.proved(tensor).shape
+
+    def rank(self, tensor: gs.Tensor) -> int | None:
+        return self.types.of(tensor).rank
 
     def used(self, tensor: gs.Tensor) -> bool:
         return bool(tensor.outputs) or id(tensor) in self.outputs

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -314,24 +313,26 @@ def demo(output: Output = None, seed: Seed = 0, as_json: AsJson = False) -> None
 
 @app.command()
 def zoo(
-    names: Annotated[list[str] | None, typer.Argument(help="models to fetch; none: list them all")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="models or groups of models to fetch, or 'all'; none: list them")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the model zoo, or fetch models into the cache and print where they are."""
-    from graphopt.models import zoo as models  # noqa: PLC0415
+    from graphopt.models import catalogue  # noqa: PLC0415
 
-    if names:
-        found = {name: str(models.fetch(name)) for name in names}
-        _emit(found, as_json, "\n".join(found.values()))
+    if not names:
+        rows = catalogue.rows()
+        _emit({"models": rows}, as_json, tables.grid(("name", "group", "from", "licence", "inputs"), rows))
         return
-    entries = {name: models.get(name) for name in models.names()}
-    rows = {name: {f.name: getattr(e, f.name) for f in fields(e)} for name, e in entries.items()}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("model", "package", "licence"):
-        table.add_column(title, overflow="fold")
-    for name, row in rows.items():
-        table.add_row(name, f"{row.get('package', '')} {row.get('version', '')}", str(row.get("licence", "")))
-    _emit(json.loads(json.dumps(rows, default=str)), as_json, table)
+    with _working("fetching", as_json):
+        found = catalogue.fetch([] if names == ["all"] else names)
+    missing = {name: error for name, error in found.items() if isinstance(error, GraphoptError)}
+    paths = {name: str(path) for name, path in found.items() if name not in missing}
+    _emit({**paths, **{name: {"error": str(e)} for name, e in missing.items()}}, as_json, "\n".join(paths.values()))
+    if missing:
+        name, error = next(iter(missing.items()))
+        raise type(error)(error.what, at=f"{name}: {error.at}" if error.at else name, hint=error.hint)
 
 
 def _finish(result: Any, output: Path | None, as_json: bool) -> None:

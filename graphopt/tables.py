@@ -39,6 +39,8 @@ def _cell(value: Any) -> str:
         return "yes" if value else "NO"
     if isinstance(value, float):
         return f"{value:.3g}"
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}[{_cell(inner)}]" for key, inner in value.items())
     if isinstance(value, list | tuple):
         return ",".join("?" if v is None else str(v) for v in value)
     return str(value)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from graphopt.errors import DataError, GraphoptError, ProviderError, SpecError
-from graphopt.models import __main__ as commands
-from graphopt.models import digits, wheels, zoo
+from graphopt.models import catalogue, digits, wheels, zoo
 from graphopt.runtime import Session
 
 LARGE = {"alexnet", "vgg19", "zfnet512"}  # 240 to 575 MB each
@@ -154,22 +155,23 @@ def test_export_without_torch_names_what_to_install(tmp_path: Path, monkeypatch:
     assert zoo.fetch("minilm-dynamo") == earlier
 
 
-def test_commands_list_and_fetch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert commands.main(["list"]) == 0
-    assert "ppocr-det" in capsys.readouterr().out
-    assert commands.main(["fetch", "magik"]) == 2
-    assert "did you mean" in capsys.readouterr().err
-    assert commands.expand(["silero"]) == zoo.names("silero")
-    assert commands.expand([]) == zoo.names()
-    assert commands.expand(["magika"]) == ["magika"]
+def test_commands_list_and_fetch(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ppocr-det" in [row["name"] for row in cli("zoo", "--json").json["models"]]
+    assert "ppocr-det" in cli("zoo").out
+    unknown = cli("zoo", "magik")
+    assert unknown.code == 2
+    assert "did you mean" in unknown.err
+    assert catalogue.expand(["silero"]) == zoo.names("silero")
+    assert catalogue.expand([]) == zoo.names()
+    assert catalogue.expand(["magika"]) == ["magika"]
 
     def unavailable(name: str) -> Path:
         raise ProviderError(f"no {name}")
 
     monkeypatch.setattr(zoo, "fetch", unavailable)
-    found = commands.fetch(["magika", "ppocr-cls"])
+    found = catalogue.fetch(["magika", "ppocr-cls"])
     assert all(isinstance(error, GraphoptError) for error in found.values())
-    assert commands.main(["fetch", "magika"]) == 2
+    assert cli("zoo", "magika").code == 2
 
 
 def test_committed_digits_are_small_and_disjoint() -> None:

@@ -85,28 +85,26 @@ class Costs:
 
 def costs(
     model: Model,
-    shapes: Shapes | None = None,
+    shapes: Shapes | Sizes | None = None,
     *,
     inputs: Mapping[str, Sequence[int]] | None = None,
-    observed: Observation | None = None,
 ) -> Costs:
     """Return the cost of every node.
 
     Args:
         model: whose nodes.
-        shapes: its tensors' shapes, when already inferred.
+        shapes: its tensors' shapes, when already inferred; `Sizes` with what a run showed, if there was one.
         inputs: input name -> shape, where the model leaves dimensions open and `shapes` is not given.
-        observed: a run at such inputs; gives shapes that inference does not find, branches taken and turns of loops.
     """
     found: dict[int, NodeCost] = {}
-    sizes = Sizes(shapes if shapes is not None else Shapes(model, inputs), observed)
+    sizes = shapes if isinstance(shapes, Sizes) else Sizes(shapes if shapes is not None else Shapes(model, inputs))
     functions = {(f.domain or "", f.name) for f in model.functions}
     _Counter(sizes, functions, found).graph(model.graph)
     return Costs(list(model.graph.nodes), found)
 
 
 class Sizes:
-    """Concrete shapes: inferred ones first, then observed ones."""
+    """Concrete shapes: inferred ones first, then those that a run showed, with branches taken and turns of loops."""
 
     def __init__(self, shapes: Shapes, observed: Observation | None = None) -> None:
         self._shapes = shapes
@@ -116,6 +114,11 @@ class Sizes:
         """Return the shape of a tensor, None where unknown."""
         static = self._shapes.of(tensor).static
         return self.observed.shapes.get(id(tensor)) if static is None and self.observed is not None else static
+
+    def shown(self, tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
+        """Return the shape as far as it is known, symbols included."""
+        static = self.of(tensor)
+        return self._shapes.of(tensor).shape if static is None else static
 
     def bytes(self, tensor: gs.Tensor) -> int | None:
         """Return the bytes of a tensor, None where shape or type are unknown, and for strings."""

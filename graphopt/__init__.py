@@ -1,1 +1,42 @@
-"""graphopt: a compiler for exported ONNX models."""
+"""graphopt: a compiler for exported ONNX models.
+
+    result = graphopt.optimize("model.onnx")
+    result.save("model.fast.onnx")
+"""
+
+from graphopt.base import Change, Context, Pass, Target
+from graphopt.data import load_samples
+from graphopt.errors import GateMissed, GraphoptError, InputError, InternalError
+from graphopt.inspect import inspect
+from graphopt.model import Model, load
+from graphopt.optimizer import optimize
+from graphopt.pipeline import Pipeline, Result, Settings, bisect
+from graphopt.registry import load_plugin, register
+from graphopt.timing import bench
+from graphopt.validate import validate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Change",
+    "Context",
+    "GateMissed",
+    "GraphoptError",
+    "InputError",
+    "InternalError",
+    "Model",
+    "Pass",
+    "Pipeline",
+    "Result",
+    "Settings",
+    "Target",
+    "bench",
+    "bisect",
+    "inspect",
+    "load",
+    "load_plugin",
+    "load_samples",
+    "optimize",
+    "register",
+    "validate",
+]

@@ -14,6 +14,8 @@ from graphopt.report import human_bytes, render
 
 if TYPE_CHECKING:
     from graphopt.demo import Demonstration
+    from graphopt.inspect import Inspection
+    from graphopt.profile import Profile
     from graphopt.timing import Bench
     from graphopt.validate import Validation
 
@@ -120,3 +122,75 @@ def demonstration(result: Demonstration, output: Path | None) -> Group:
     scores = f"held-out accuracy on {result.images} images: {before:.1%} before, {after:.1%} after"
     written = f"wrote {output}" if output else "graphopt demo -o digits.fast.onnx writes the result"
     return Group(*lines([f"model {result.model}"]), render(result.optimized.report), *lines([scores, written]))
+
+
+SHOWN_NODES = 20
+"""Slowest nodes shown; JSON has all."""
+
+
+def per_node(result: Profile, name: str) -> Group:
+    """Return where a model's time goes: by operator, then its slowest nodes."""
+    ops = [
+        {
+            **row,
+            "op": row["op"] + (" (added by ORT)" if row["added"] else ""),
+            "ms": f"{row['ms']:.3f}",
+            "share": f"{row['share']:.1%}",
+        }
+        for row in result.by_op()
+    ]
+    nodes = [
+        {
+            **row,
+            "runs as": row["kernel"] + (f" + {len(row['fused'])} more" if row["fused"] else ""),
+            "ms": f"{row['ms']:.3f}",
+            "share": f"{row['share']:.1%}",
+        }
+        for row in result.table()[:SHOWN_NODES]
+    ]
+    outside = f"{result.outside * 1e3:.3g} ms outside nodes"
+    head = f"{name}: {result.seconds * 1e3:.3g} ms a run while profiled ({result.runs} runs), {outside}"
+    more = len(result.nodes) - len(nodes)
+    return Group(
+        *lines([head], "bold"),
+        grid(("op", "nodes", "ms", "share"), ops, ("nodes", "ms", "share")),
+        Text(),
+        grid(("name", "op", "runs as", "ms", "share"), nodes, ("ms", "share")),
+        *lines([f"and {more} faster nodes (--json has all)"] if more > 0 else []),
+    )
+
+
+def inspection(found: Inspection, *, nodes: bool = True) -> Group:
+    """Return what is in a model."""
+    unknown = sum(found.unknown_macs.values())
+    size = f", file {human_bytes(found.file_bytes)}" if found.file_bytes is not None else ""
+    at = ", ".join(f"{name}=[{','.join(map(str, shape))}]" for name, shape in found.at.items())
+    by_dtype = ", ".join(f"{dtype} {human_bytes(count)}" for dtype, count in found.weights.bytes_by_dtype.items())
+    producer = found.producer or "producer unknown"
+    texts = [
+        f"{found.name}: IR {found.ir_version}, opsets {_opsets(found.opsets)}, {producer}{size}",
+        *(f"input   {spec}" for spec in found.inputs),
+        *(f"input   {spec} (has a default)" for spec in found.optional_inputs),
+        *(f"output  {spec}" for spec in found.outputs),
+        *(f"dynamic {symbol}: {', '.join(places)}" for symbol, places in found.dynamic.items()),
+        f"{found.nodes} nodes, {found.subgraphs} subgraphs, {len(found.functions)} functions; "
+        f"{found.weights.parameters:,} parameters in {found.weights.tensors} tensors, "
+        f"{human_bytes(found.weights.bytes)} ({by_dtype or 'none'})",
+        f"{found.macs:,} MACs"
+        + (f" and {unknown} nodes of unknown cost" if unknown else "")
+        + (f" at {at}" if at else ""),
+        "operators: " + ", ".join(f"{op} {count}" for op, count in found.ops.items()),
+        *found.notes,
+    ]
+    parts = lines(texts)
+    if nodes:
+        columns = ("name", "op", "graph", "outputs", "parameters", "macs", "bytes")
+        rows = [{**row.to_dict(), "outputs": " ".join(_cell(s) or "scalar" for s in row.outputs)} for row in found.rows]
+        if not any(row["graph"] for row in rows):
+            columns = tuple(c for c in columns if c != "graph")
+        parts += [Text(), grid(columns, rows, ("parameters", "macs", "bytes"))]
+    return Group(*parts)
+
+
+def _opsets(opsets: Mapping[str, int]) -> str:
+    return ", ".join(f"{domain or 'onnx'} {version}" for domain, version in opsets.items())

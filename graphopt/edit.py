@@ -21,7 +21,7 @@ from typing import Any
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt.importer import Node, NodeOrigin, origin
+from graphopt.importer import Node, NodeOrigin, Values, origin
 
 
 def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
@@ -299,6 +299,18 @@ def carry_metadata(source: Sequence[gs.Node], target: gs.Node) -> None:
             merged.update(came_from.metadata)
     if merged:
         target.origin = NodeOrigin(onnx.NodeProto(), merged)
+
+
+def become_constant(graph: gs.Graph, tensor: gs.Variable, values: Values) -> None:
+    """Turn a node's output into an initializer of `graph`, under its name and for all that read it.
+
+    The node loses that output; it is not removed.
+    """
+    for producer in list(tensor.inputs):
+        replace_output(producer, tensor, gs.Variable.empty())
+    tensor.to_constant(values)
+    tensor.origin = values
+    declare(graph, tensor)
 
 
 def declare(graph: gs.Graph, constant: gs.Constant) -> None:

@@ -36,7 +36,7 @@ from graphopt.analysis.constants import (
     refers,
 )
 from graphopt.base import Change, Context, Pass
-from graphopt.edit import Edit, declare, label, nested_graphs, turn_into
+from graphopt.edit import Edit, become_constant, label, turn_into
 from graphopt.ops import ARITHMETIC, COMMUTATIVE, MOVED_TO_INPUT, MOVEMENT, STEPS, is_standard
 from graphopt.registry import register
 from graphopt.tensors import LazySparse, is_float, onnx_dtype
@@ -86,13 +86,10 @@ class _Site:
         return int(self.graph.opset)
 
     def holds_initializers(self) -> bool:
-        """Tell whether Constant nodes may become initializers here."""
-        model = self.ctx.model
-        if self.graph is model.graph:
-            return True
-        if isinstance(self.graph, gs.Function) or model.ir_version < 4:
+        """Tell whether Constant nodes may become initializers here (IR 3 allows them in the main graph only)."""
+        if isinstance(self.graph, gs.Function):
             return False
-        return not any(self.graph is g for f in model.functions for g in nested_graphs(f.nodes))
+        return self.graph is self.ctx.model.graph or self.ctx.model.ir_version >= 4
 
     def shape(self, tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
         return self.ctx.shapes.proved(tensor).shape
@@ -116,11 +113,7 @@ def _constant_node(site: _Site, node: gs.Node) -> Iterator[Change]:
         return
 
     def apply() -> None:
-        list.clear(tensor.inputs)
-        list.clear(node.outputs)
-        tensor.to_constant(values)
-        tensor.origin = values
-        declare(site.graph, tensor)
+        become_constant(site.graph, tensor, values)
         site.edit.remove(node)
 
     yield Change(label(node), "Constant node -> initializer", "one spelling for constants", apply)

@@ -83,7 +83,7 @@ class Exporter:
         self, constants: list[gs.Constant], held: GraphOrigin, out: GraphProto, *, main: bool
     ) -> list[ValueInfoProto]:
         extra: list[ValueInfoProto] = []
-        listed = {id(t) for t in held.input_order}
+        listed = {id(t) for t in held.input_order} if self.listed else set()
         for constant in constants:
             values = untouched(constant)
             if isinstance(values, LazySparse):

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.data import Samples
 from graphopt.model import load
 from graphopt.optimizer import optimize
 from graphopt.pipeline import Result
 from graphopt.runtime import Session
+
+IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ def run_demo(seed: int = 0) -> Demonstration:
     from graphopt.models.digits import task  # noqa: PLC0415
 
     path = digits.demo_model()
-    result = optimize(path, data=list(task.calibration(limit=32)), seed=seed)
+    samples = Samples(lambda: task.calibration(limit=IMAGES), f"{IMAGES} calibration images")
+    result = optimize(path, data=samples, seed=seed)
     before = task.accuracy(Session(load(path)).run)
     after = task.accuracy(Session(result.model).run)
     return Demonstration(path.name, result, int(np.size(before)), float(np.mean(before)), float(np.mean(after)))

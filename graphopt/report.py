@@ -10,8 +10,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-SHOWN_BLOCKS = 5
-
 
 @dataclass(frozen=True)
 class Size:
@@ -101,8 +99,9 @@ def render(report: Report) -> Group:
     """Return the report for a terminal."""
     parts: list[Any] = [_passes_table(report.passes)]
     parts += [_line(line) for line in summary_lines(report)]
-    parts += [_line(f"! {record.name} was rolled back: {record.failure}", "red") for record in report.failures]
-    parts += [_line(f"  reproducer: {record.reproducer}") for record in report.failures if record.reproducer]
+    for record in report.failures:
+        parts.append(_line(f"! {record.name} was rolled back: {record.failure}", "red"))
+        parts += [_line(f"  reproducer: {record.reproducer}")] if record.reproducer else []
     return Group(*parts)
 
 
@@ -112,51 +111,35 @@ def _line(text: str, style: str = "") -> Text:
 
 def _passes_table(records: Iterable[PassRecord]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (
-        ("pass", "left"),
-        ("changes", "right"),
-        ("nodes", "right"),
-        ("weights", "right"),
-        ("seconds", "right"),
-        ("", "left"),
-    ):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    for record in merge_repeats(records):
-        nodes = (
-            f"{record.before.nodes} → {record.after.nodes}"
-            if record.before.nodes != record.after.nodes
-            else str(record.after.nodes)
-        )
-        remark = record.status if record.failure else (f"{len(record.blocked)} blocked" if record.blocked else "")
+    for title in ("pass", "changes", "nodes", "weights", "seconds", ""):
+        table.add_column(title, justify="left" if title in ("pass", "") else "right", no_wrap=True)
+    for row in rows_by_pass(records):
+        weights = human_bytes(abs(row["weight_bytes"]))
         table.add_row(
-            record.name,
-            str(record.changes),
-            nodes,
-            human_bytes(record.after.weight_bytes),
-            f"{record.seconds:.2f}",
-            remark,
+            row["name"],
+            str(row["changes"]),
+            f"{row['nodes']:+d}" if row["nodes"] else "",
+            f"{'-' if row['weight_bytes'] < 0 else '+'}{weights}" if row["weight_bytes"] else "",
+            f"{row['seconds']:.2f}",
+            "rolled back" if row["failed"] else (f"{row['blocked']} blocked" if row["blocked"] else ""),
         )
     return table
 
 
-def merge_repeats(records: Iterable[PassRecord]) -> list[PassRecord]:
-    """Return one record per pass and options: counts added up, sizes of the first and the last run."""
-    merged: dict[str, PassRecord] = {}
+def rows_by_pass(records: Iterable[PassRecord]) -> list[dict[str, Any]]:
+    """Return one row per pass and options, its runs added up: changes, nodes and bytes added, near misses left."""
+    rows: dict[str, dict[str, Any]] = {}
     for record in records:
         key = f"{record.name}{sorted(record.options.items())}"
-        known = merged.get(key)
-        if known is None:
-            merged[key] = PassRecord(**{**vars(record), "blocked": list(record.blocked), "notes": list(record.notes)})
-            continue
-        known.after = record.after
-        known.changes += record.changes
-        known.seconds += record.seconds
-        known.blocked = list(record.blocked)
-        known.failure = known.failure or record.failure
-        known.reproducer = known.reproducer or record.reproducer
-        if record.failure or (known.status == "unchanged" and record.status == "changed"):
-            known.status = record.status
-    return list(merged.values())
+        fresh = {"name": record.name, "changes": 0, "nodes": 0, "weight_bytes": 0, "seconds": 0.0, "failed": False}
+        row = rows.setdefault(key, fresh)
+        row["changes"] += record.changes if record.status == "changed" else 0
+        row["nodes"] += record.after.nodes - record.before.nodes
+        row["weight_bytes"] += record.after.weight_bytes - record.before.weight_bytes
+        row["seconds"] += record.seconds
+        row["blocked"] = len(record.blocked)
+        row["failed"] |= record.failure is not None
+    return list(rows.values())
 
 
 def summary_lines(report: Report) -> list[str]:

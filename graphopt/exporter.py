@@ -69,15 +69,16 @@ class Exporter:
         out.CopyFrom(held.shell)
         out.name = graph.name
         constants = constants_of(graph, outer)
-        visible = outer | {id(c) for c in constants} | {id(t) for n in graph.nodes for t in n.outputs}
-        visible |= {id(t) for t in graph.inputs}
         extra_inputs = self._initializers(constants, held, out, main=main)
         self._inputs(graph, held, out, extra_inputs)
+        own = {id(c) for c in constants} - outer
+        outer |= own  # one set for all depths: a copy per subgraph takes quadratic time
         for node in graph.nodes:
-            self._node(node, out.node.add(), visible)
-        out.output.extend(_output_info(t) for t in graph.outputs)
+            self._node(node, out.node.add(), outer)
+        outer -= own
+        out.output.extend(_output_infos(graph, held))
         out.value_info.extend(_value_infos(graph, held))
-        _prune_annotations(graph, out)
+        _prune_annotations(out)
 
     def _initializers(
         self, constants: list[gs.Constant], held: GraphOrigin, out: GraphProto, *, main: bool
@@ -97,12 +98,12 @@ class Exporter:
             if (proto is None or (self.listed and main)) and id(constant) not in listed:
                 extra.append(_constant_info(constant))
         for variable, values in held.defaults:
-            out.initializer.append(inline(variable.name, values))
+            proto = self.place(variable.name, values)
+            if proto is not None:  # otherwise the input stands alone
+                out.initializer.append(proto)
         return extra
 
-    def _inputs(
-        self, graph: gs.Graph, held: GraphOrigin, out: GraphProto, extra: list[ValueInfoProto]
-    ) -> None:
+    def _inputs(self, graph: gs.Graph, held: GraphOrigin, out: GraphProto, extra: list[ValueInfoProto]) -> None:
         current = {id(t) for t in graph.inputs}
         emitted: set[int] = set()
         for tensor in held.input_order:
@@ -117,7 +118,7 @@ class Exporter:
     def _kept(self, constant: gs.Constant, held: GraphOrigin) -> bool:
         return self.listed and any(constant is c for c in held.declared)
 
-    def _node(self, node: gs.Node, out: NodeProto, visible: set[int]) -> None:
+    def _node(self, node: gs.Node, out: NodeProto, outer: set[int]) -> None:
         came_from: NodeOrigin | None = origin(node)
         out.op_type = node.op
         if node.name:
@@ -137,31 +138,30 @@ class Exporter:
                     out.device_configurations.extend(came_from.proto.device_configurations)
             if not came_from.proto.HasField("doc_string"):
                 out.ClearField("doc_string")
-            for key, value in came_from.metadata.items():
-                out.metadata_props.add(key=key, value=value)
+            stated = came_from.proto.metadata_props
+            if came_from.metadata == {entry.key: entry.value for entry in stated}:
+                out.metadata_props.extend(stated)
+            else:
+                for key, value in came_from.metadata.items():
+                    out.metadata_props.add(key=key, value=value)
         for name, value in node.attrs.items():
             if value is not None:
-                out.attribute.append(self._attribute(node, name, value, originals.get(name), visible))
+                out.attribute.append(self._attribute(node, name, value, originals.get(name), outer))
 
     def _attribute(
-        self, node: gs.Node, name: str, value: object, original: AttributeProto | None, visible: set[int]
+        self, node: gs.Node, name: str, value: object, original: AttributeProto | None, outer: set[int]
     ) -> AttributeProto:
         if isinstance(value, gs.Graph):
             out = AttributeProto(name=name, type=AttributeProto.GRAPH)
             if original is not None and original.HasField("doc_string"):
                 out.doc_string = original.doc_string
-            self._graph(value, out.g, visible)
+            self._graph(value, out.g, outer)
             return out
         if isinstance(value, gs.Constant):
             values = untouched(value)
-            if (
-                original is not None
-                and values is origin(value)
-                and isinstance(values, LazyTensor)
-                and values.data is None
-            ):
-                return original
             out = AttributeProto(name=name, type=AttributeProto.TENSOR)
+            if original is not None and original.HasField("doc_string"):
+                out.doc_string = original.doc_string
             out.t.CopyFrom(self.place(value.name, values) or inline(value.name, values))
             return out
         if original is not None and _unchanged(original, value):
@@ -178,10 +178,9 @@ class Exporter:
         for constant in constants:  # function bodies have no initializers
             node = out.node.add(op_type="Constant", output=[constant.name])
             node.attribute.append(helper.make_attribute("value", inline("", untouched(constant))))
-        visible = {id(t) for n in function.nodes for t in n.outputs} | {id(t) for t in function.inputs}
-        visible |= {id(c) for c in constants}
+        outer = {id(c) for c in constants}
         for node in function.nodes:
-            self._node(node, out.node.add(), visible)
+            self._node(node, out.node.add(), outer)
         if hasattr(out, "value_info"):
             out.value_info.extend(_value_infos(function, held))
 
@@ -189,7 +188,7 @@ class Exporter:
 def constants_of(graph: gs.Graph, outer: set[int]) -> list[gs.Constant]:
     """Return a graph's own constants: declared ones first, then those its nodes and outputs use.
 
-    `outer` holds the ids of tensors that belong to a graph around it.
+    `outer` holds the ids of constants that belong to a graph around it.
     """
     held: GraphOrigin | None = origin(graph)
     found = {id(c): c for c in (held.declared if held else []) if isinstance(c, gs.Constant)}
@@ -203,10 +202,20 @@ def _constant_info(constant: gs.Constant) -> ValueInfoProto:
     return helper.make_tensor_value_info(constant.name, onnx_dtype(constant.dtype), list(constant.shape))
 
 
-def _output_info(tensor: gs.Tensor) -> ValueInfoProto:
-    stated = tensor.__dict__.get("output_info")
+def _output_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto]:
+    """Yield the types of a graph's outputs: as they came where that still holds."""
+    stated: dict[int, list[ValueInfoProto]] = {}
+    for tensor, info in held.outputs:
+        stated.setdefault(id(tensor), []).append(info)
+    for tensor in graph.outputs:
+        infos = stated.get(id(tensor), [])
+        yield _output_info(tensor, infos.pop(0) if infos else None)
+
+
+def _output_info(tensor: gs.Tensor, stated: ValueInfoProto | None) -> ValueInfoProto:
     if isinstance(tensor, gs.Constant):
-        return stated if stated is not None and stated.name == tensor.name else _constant_info(tensor)
+        usable = stated is not None and stated.name == tensor.name and stated.type.tensor_type.elem_type
+        return stated if usable else _constant_info(tensor)
     if stated is not None and _still_says(stated, tensor, compare_type=origin(tensor) is stated):
         return stated
     return variable_info(tensor)
@@ -260,25 +269,16 @@ def _value_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto]
                 yield info
         elif id(tensor) in alive:
             done.add(id(tensor))
-            yield variable_info(tensor)
+            yield info if _still_says(info, tensor, compare_type=True) else variable_info(tensor)
     for key, tensor in alive.items():
-        if (
-            key not in done
-            and key not in ends
-            and isinstance(tensor, gs.Variable)
-            and tensor.dtype is not None
-        ):
+        if key not in done and key not in ends and isinstance(tensor, gs.Variable) and tensor.dtype is not None:
             yield variable_info(tensor)
 
 
-def _prune_annotations(graph: gs.Graph, out: GraphProto) -> None:
+def _prune_annotations(out: GraphProto) -> None:
     if not out.quantization_annotation:
         return
-    names = (
-        {i.name for i in out.initializer}
-        | {i.name for i in out.input}
-        | {t for n in out.node for t in n.output}
-    )
+    names = {i.name for i in out.initializer} | {i.name for i in out.input} | {t for n in out.node for t in n.output}
     kept = [a for a in out.quantization_annotation if a.tensor_name in names]
     if len(kept) != len(out.quantization_annotation):
         del out.quantization_annotation[:]
@@ -296,9 +296,7 @@ _SCALARS: Mapping[type, int] = {
 }  # fmt: skip
 
 
-def encode_attribute(
-    node: gs.Node, name: str, value: object, original: AttributeProto | None = None
-) -> AttributeProto:
+def encode_attribute(node: gs.Node, name: str, value: object, original: AttributeProto | None = None) -> AttributeProto:
     """Return `value` as an attribute, typed by the operator's schema where Python's type leaves a choice.
 
     Raises:
@@ -344,8 +342,8 @@ def _schema_type(node: gs.Node, name: str) -> int | None:
         schema = onnx.defs.get_schema(node.op, node.domain or "")
     except onnx.defs.SchemaError:
         return None
-    attribute = schema.attributes.get(name)
-    return int(attribute.type.value) if attribute is not None else None
+    attribute: Any = schema.attributes.get(name)
+    return int(attribute.type) if attribute is not None else None
 
 
 def require_named(graph: gs.Graph) -> None:

@@ -8,6 +8,7 @@ no memory to speak of.
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from graphopt import registry, spec, text
 from graphopt.base import Change, Context, Exactness, Pass, Target
 from graphopt.data import Samples
 from graphopt.errors import GateMissed, GraphoptError, ModelError, SpecError
+from graphopt.importer import paused_gc
 from graphopt.model import Model, Snapshot, Source, from_snapshot, load
 from graphopt.order import sort_nodes
 from graphopt.report import PassRecord, Report, Size
@@ -32,6 +34,8 @@ from graphopt.validate import Reference, Validation
 Verify = Literal["each", "end", "off"]
 OnFailure = Literal["continue", "stop"]
 Printer = Callable[[str], None]
+
+COLLECT_BYTES = 1 << 26
 
 MAX_BLOCKED = 200
 """Near misses kept per pass in the report."""
@@ -168,9 +172,10 @@ class Run:
         self.snapshot = self.model.snapshot()
         self._pending = self.snapshot
         self.exactness: Exactness = "exact"
-        size = size_of(model)
+        self.size = size_of(model)
         self.report = Report(
-            model=str(model.path or "<memory>"), pipeline=str(pipeline), seed=settings.seed, before=size, after=size,
+            model=str(model.path or "<memory>"), pipeline=str(pipeline), seed=settings.seed,
+            before=self.size, after=self.size,
             opset_before=model.opset, opset_after=model.opset,
         )  # fmt: skip
         self._reference: Reference | None = None
@@ -186,10 +191,11 @@ class Run:
     def finish(self) -> Result:
         """Run everything and return the result."""
         started = time.perf_counter()
-        self._steps(self.pipeline.steps)
+        with paused_gc():  # graphs are cyclic and large: collecting them again and again takes quadratic time
+            self._steps(self.pipeline.steps)
         if self.settings.verify != "off":
             self._verify_end()
-        self.report.after = size_of(self.model)
+        self.report.after = self.size
         self.report.opset_after = self.model.opset
         self.report.seconds = time.perf_counter() - started
         return Result(self.model, self.report)
@@ -210,8 +216,7 @@ class Run:
         return changed
 
     def _pass(self, step: Pass) -> bool:
-        before = size_of(self.model)
-        record = PassRecord(step.name, step.options(), before, before)
+        record = PassRecord(step.name, step.options(), self.size, self.size)
         self.report.passes.append(record)
         started = time.perf_counter()
         shown = self._shown(step.name)
@@ -224,7 +229,9 @@ class Run:
             self._roll_back(step, record, error)
             changed = False
         record.seconds = time.perf_counter() - started
-        record.after = size_of(self.model)
+        if changed:
+            self.size = size_of(self.model)
+        record.after = self.size
         if shown:
             self.settings.printer(text.diff(text_before, text.to_text(self.model)) or f"{step.name}: no change\n")
         if step.name == self.settings.stop_after:
@@ -274,6 +281,7 @@ class Run:
             if not checked.ok:
                 raise ModelError("the outputs differ: " + "; ".join(checked.failures), at=where_it_begins(checked))
         self.exactness = exactness
+        _free_weights(self.snapshot, self._pending)
         self.snapshot = self._pending
         record.status = "changed"
         return True
@@ -305,11 +313,19 @@ class Run:
             return
         self.model = self.original.copy()
         self.snapshot = self.model.snapshot()
+        self.size = size_of(self.model)
         self.exactness, self.stopped = "exact", False
         self.report.passes.clear()
         self.settings = Settings(**{**vars(self.settings), "verify": "each"})
         self._steps(self.pipeline.steps)
         self.report.verification = self.reference.check(self.model, exactness=self.exactness).to_dict()
+
+
+def _free_weights(old: Snapshot, new: Snapshot) -> None:
+    """Collect garbage where a pass replaced much: dead constants hang in cycles and would keep their arrays."""
+    kept = {id(values) for values in new.weights}
+    if sum(int(values.nbytes) for values in old.weights if id(values) not in kept) > COLLECT_BYTES:
+        gc.collect()
 
 
 def where_it_begins(checked: Validation) -> str | None:

@@ -184,7 +184,7 @@ def inspection(found: Inspection, *, nodes: bool = True) -> Group:
     ]
     parts = lines(texts)
     if nodes:
-        columns = ("name", "op", "graph", "outputs", "parameters", "macs", "bytes")
+        columns: tuple[str, ...] = ("name", "op", "graph", "outputs", "parameters", "macs", "bytes")
         rows = [{**row.to_dict(), "outputs": " ".join(_cell(s) or "scalar" for s in row.outputs)} for row in found.rows]
         if not any(row["graph"] for row in rows):
             columns = tuple(c for c in columns if c != "graph")

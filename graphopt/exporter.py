@@ -214,8 +214,7 @@ def _output_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto
 
 def _output_info(tensor: gs.Tensor, stated: ValueInfoProto | None) -> ValueInfoProto:
     if isinstance(tensor, gs.Constant):
-        usable = stated is not None and stated.name == tensor.name and stated.type.tensor_type.elem_type
-        return stated if usable else _constant_info(tensor)
+        return stated if stated is not None and stated.name == tensor.name else _constant_info(tensor)
     if stated is not None and _still_says(stated, tensor, compare_type=origin(tensor) is stated):
         return stated
     return variable_info(tensor)

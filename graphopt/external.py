@@ -1,6 +1,6 @@
 """Model files: read without copying weights, written atomically.
 
-Reading maps the file and parses it with the initializers' large `raw_data` left out (`split_weights`), so a
+Reading maps the file and parses it with the tensors' large `raw_data` left out (wire.py), so a
 2 GB file costs no memory until weights are read.  External data is mapped too, after the checks that the onnx
 project's security notes call for: the path stays inside the model's folder, goes through no symbolic link, the
 file has no second hard link, and the stated range lies inside the file.
@@ -13,7 +13,7 @@ import mmap
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -23,21 +23,20 @@ from onnx import TensorProto
 
 from graphopt.errors import ModelError
 from graphopt.tensors import LazyTensor, byte_size
+from graphopt.wire import MAPPED, split_weights
 
-MAPPED = "graphopt.mapped"
-"""Key of the `external_data` entry that numbers a region of `ModelFile.regions`."""
+# no symbolic link, and no waiting for the other end of a named pipe
+_OPEN_FLAGS = os.O_RDONLY | sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
 
-_MIN_SPLIT = 1024
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 7, 5, 9, 13, 14
+_MAX_LOCATION = 1000
 
 
 class ModelFile:
-    """One model file and the mapped bytes of its tensors."""
+    """One model file and the mapped bytes of its tensors; `path` is None for a model in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.folder = path.parent
+    def __init__(self, path: Path | None) -> None:
+        self.path = path or Path("<memory>")
+        self.folder = path.parent if path else None
         self._maps: dict[Path, memoryview] = {}
         self.regions: list[memoryview] = []
 
@@ -60,15 +59,11 @@ class ModelFile:
 
     def _read(self) -> memoryview:
         if self.path.is_dir():
-            raise ModelError(
-                "this is a folder, not a model", at=str(self.path), hint="name the .onnx file in it"
-            )
+            raise ModelError("this is a folder, not a model", at=str(self.path), hint="name the .onnx file in it")
         try:
             size = self.path.stat().st_size
             if size == 0:
-                raise ModelError(
-                    "the file is empty", at=str(self.path), hint="export or download the model again"
-                )
+                raise ModelError("the file is empty", at=str(self.path), hint="export or download the model again")
             with self.path.open("rb") as file:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except FileNotFoundError as error:
@@ -82,9 +77,7 @@ class ModelFile:
         if MAPPED in entries and not proto.HasField("raw_data"):
             index = entries[MAPPED]
             if not (index.isdecimal() and int(index) < len(self.regions)):
-                raise ModelError(
-                    "tensor names a region that does not exist", at=f"initializer '{proto.name}'"
-                )
+                raise ModelError("tensor names a region that does not exist", at=f"initializer '{proto.name}'")
             inline = TensorProto()
             inline.CopyFrom(proto)
             inline.ClearField("external_data")
@@ -94,6 +87,12 @@ class ModelFile:
 
     def _external(self, proto: TensorProto, entries: dict[str, str]) -> memoryview:
         where = f"initializer '{proto.name}' in {self.path}"
+        if self.folder is None:
+            raise ModelError(
+                "a model in memory with external data: where its file lies is not known",
+                at=f"initializer '{proto.name}'",
+                hint="give the path of the model, or load its external data first",
+            )
         data = self._map(check_location(self.folder, entries.get("location", ""), where), where)
         offset = _number(entries.get("offset", "0"), "offset", where)
         wanted = byte_size(proto.data_type, proto.dims, proto.name)
@@ -111,8 +110,7 @@ class ModelFile:
     def _map(self, path: Path, where: str) -> memoryview:
         if path not in self._maps:
             try:
-                flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-                descriptor = os.open(path, flags)
+                descriptor = os.open(path, _OPEN_FLAGS)
             except FileNotFoundError as error:
                 raise ModelError(
                     f"external data file '{path.name}' is missing",
@@ -120,9 +118,7 @@ class ModelFile:
                     hint=f"put it into {self.folder}",
                 ) from error
             except OSError as error:
-                raise ModelError(
-                    f"cannot read external data '{path.name}': {error.strerror}", at=where
-                ) from error
+                raise ModelError(f"cannot read external data '{path.name}': {error.strerror}", at=where) from error
             with os.fdopen(descriptor, "rb") as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
@@ -144,10 +140,10 @@ def check_location(folder: Path, location: str, where: str) -> Path:
     Raises:
         ModelError: empty, absolute, with `..`, or through a symbolic link.
     """
-    parts = Path(location).parts
-    if not location or "\0" in location:
-        raise ModelError("external data has no location", at=where)
-    if Path(location).is_absolute() or ".." in parts or location.startswith(("/", "\\")) or ":" in parts[0]:
+    parts = Path(location.replace("\\", "/")).parts  # Windows' spelling means a folder everywhere
+    if not parts or "\0" in location or len(location) > _MAX_LOCATION:
+        raise ModelError(f"external data has no usable location: {location[:40]!r}", at=where)
+    if ".." in parts or location.startswith(("/", "\\", "~")) or ":" in location:
         raise ModelError(
             f"external data '{location}' lies outside the model's folder",
             at=where,
@@ -156,7 +152,7 @@ def check_location(folder: Path, location: str, where: str) -> Path:
     path = folder
     for part in parts:
         path = path / part
-        if path.is_symlink():
+        if os.path.islink(path):  # noqa: PTH114  (Path.is_symlink raises for names that are too long)
             raise ModelError(
                 f"external data '{location}' goes through a symbolic link",
                 at=where,
@@ -187,106 +183,6 @@ def _what_is_it(head: bytes) -> str:
     return "export or download the model again"
 
 
-# --- the protobuf wire format, as far as initializers need it ------------------------------------------
-
-
-def split_weights(data: memoryview) -> tuple[bytes, list[memoryview]]:
-    """Return the serialized `ModelProto` without the large `raw_data` of initializers, and those regions.
-
-    Each region taken out is replaced by an `external_data` entry `MAPPED` holding its index.  Raises
-    ValueError on malformed data.
-    """
-    regions: list[memoryview] = []
-
-    def tensor(start: int, end: int) -> list[bytes | memoryview]:
-        raw = [f for f in _fields(data, start, end) if f[0] == _TENSOR_RAW and f[1] == _BYTES]
-        if len(raw) != 1 or raw[0][4] - raw[0][3] < _MIN_SPLIT:
-            return [data[start:end]]
-        _, _, begin, content, stop = raw[0]
-        regions.append(data[content:stop])
-        entry = _message(1, MAPPED.encode()) + _message(2, str(len(regions) - 1).encode())
-        location = _varint(_TENSOR_LOCATION << 3 | _VARINT) + _varint(TensorProto.EXTERNAL)
-        return [data[start:begin], data[stop:end], _message(_TENSOR_EXTERNAL, entry), location]
-
-    def graph(start: int, end: int) -> list[bytes | memoryview]:
-        return _replaced(data, start, end, _GRAPH_INITIALIZER, tensor)
-
-    skeleton = b"".join(_replaced(data, 0, len(data), _MODEL_GRAPH, graph))
-    return skeleton, regions
-
-
-def _replaced(
-    data: memoryview,
-    start: int,
-    end: int,
-    number: int,
-    rewrite: Callable[[int, int], list[bytes | memoryview]],
-) -> list[bytes | memoryview]:
-    """Return the message's bytes with every field `number` passed through `rewrite`."""
-    pieces: list[bytes | memoryview] = []
-    copied = start
-    for field, wire, begin, content, stop in _fields(data, start, end):
-        if field != number or wire != _BYTES:
-            continue
-        inner = rewrite(content, stop)
-        pieces += [
-            data[copied:begin],
-            _varint(number << 3 | _BYTES),
-            _varint(sum(len(p) for p in inner)),
-            *inner,
-        ]
-        copied = stop
-    pieces.append(data[copied:end])
-    return pieces
-
-
-def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield (number, wire type, start of key, start of content, end) of each field of a message."""
-    position = start
-    while position < end:
-        begin = position
-        key, position = _read_varint(data, position, end)
-        wire = key & 7
-        if wire == _BYTES:
-            length, position = _read_varint(data, position, end)
-            stop = position + length
-        elif wire == _VARINT:
-            _, stop = _read_varint(data, position, end)
-        elif wire in (_FIXED64, _FIXED32):
-            stop = position + (8 if wire == _FIXED64 else 4)
-        else:
-            raise ValueError(f"wire type {wire}")
-        if stop > end:
-            raise ValueError("truncated field")
-        yield key >> 3, wire, begin, position, stop
-        position = stop
-
-
-def _read_varint(data: memoryview, position: int, end: int) -> tuple[int, int]:
-    result = shift = 0
-    while position < end and shift < 64:
-        byte = data[position]
-        position += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, position
-        shift += 7
-    raise ValueError("truncated number")
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _message(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | _BYTES) + _varint(len(content)) + content
-
-
 # --- writing ---------------------------------------------------------------------------------------------
 
 
@@ -300,7 +196,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     temporary: str | None = None
     try:
         try:
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
             with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()

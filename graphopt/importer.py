@@ -57,14 +57,16 @@ class GraphOrigin:
     declared: list[gs.Constant] = field(default_factory=list)
     defaults: list[tuple[gs.Variable, Values]] = field(default_factory=list)
     value_info: list[tuple[gs.Tensor | None, ValueInfoProto]] = field(default_factory=list)
+    outputs: list[tuple[gs.Tensor, ValueInfoProto]] = field(default_factory=list)
     input_order: list[gs.Tensor] = field(default_factory=list)
 
 
 class Scope:
     """Tensors by name, inner graphs seeing those of the outer ones."""
 
-    def __init__(self, parent: Scope | None = None) -> None:
+    def __init__(self, parent: Scope | None, opset: int) -> None:
         self.parent = parent
+        self.opset = opset
         self.local: dict[str, gs.Tensor] = {}
 
     def find(self, name: str) -> gs.Tensor | None:
@@ -158,6 +160,8 @@ class Importer:
     def run(self) -> tuple[gs.Graph, list[gs.Function]]:
         """Return the main graph and the local functions."""
         with paused_gc():
+            if holds_external(self.proto.training_info):
+                raise ModelError("training information with external data", hint="store it in the model itself")
             functions = [self._function(f) for f in self.proto.functions]
             graph = self._graph(self.proto.graph, None, f"graph '{self.proto.graph.name}'", functions)
         return graph, functions
@@ -165,7 +169,7 @@ class Importer:
     def _graph(
         self, proto: GraphProto, outer: Scope | None, where: str, functions: Sequence[gs.Function] = ()
     ) -> gs.Graph:
-        scope = Scope(outer)
+        scope = Scope(outer, outer.opset if outer else self.opset)
         held = GraphOrigin(shell=shell_of(proto, _HEAVY_GRAPH))
         input_names = {info.name for info in proto.input}
         self._initializers(proto, scope, held, input_names, where)
@@ -173,10 +177,11 @@ class Importer:
         self._outputs_of_nodes(proto.node, scope, where)
         self._value_info(proto.value_info, scope, held)
         nodes = [self._node(node, scope, where) for node in proto.node]
-        outputs = [self._graph_output(info, scope, where) for info in proto.output]
+        held.outputs = [(self._graph_output(info, scope, where), info) for info in proto.output]
+        outputs = [tensor for tensor, _ in held.outputs]
         graph = gs.Graph(
             nodes=nodes, inputs=inputs, outputs=outputs, name=proto.name, doc_string=proto.doc_string,
-            opset=self.opset, import_domains=self.domains, functions=list(functions), ir_version=self.proto.ir_version,
+            opset=scope.opset, import_domains=self.domains, functions=list(functions), ir_version=self.proto.ir_version,
             producer_name=self.proto.producer_name, producer_version=self.proto.producer_version,
         )  # fmt: skip
         graph.origin = held
@@ -240,7 +245,6 @@ class Importer:
             raise ModelError(f"graph output '{info.name}' is not produced by any node", at=where)
         if isinstance(tensor, gs.Variable) and origin(tensor) is None:
             annotate(tensor, info)
-        tensor.output_info = info
         return tensor
 
     def _node(self, proto: NodeProto, scope: Scope, where: str) -> Node:
@@ -253,6 +257,8 @@ class Importer:
                     at=f"node '{proto.name}' ({proto.op_type}) in {where}",
                 )
             inputs.append(tensor)
+        if len({a.name for a in proto.attribute}) < len(proto.attribute):
+            raise ModelError("an attribute is given twice", at=f"node '{proto.name}' ({proto.op_type}) in {where}")
         node = Node(
             op=proto.op_type,
             name=proto.name,
@@ -274,11 +280,17 @@ class Importer:
             constant = gs.Constant(attribute.t.name, values)
             constant.origin = values
             return constant
+        if attribute.type in _PROTO_ATTRIBUTES and holds_external([attribute]):
+            raise ModelError(
+                f"attribute '{attribute.name}' has external data",
+                at=f"node '{node.name}' ({node.op_type})",
+                hint="store it in the model itself",
+            )
         return decode_attribute(attribute)
 
     def _function(self, proto: onnx.FunctionProto) -> gs.Function:
         where = f"function '{proto.domain}.{proto.name}'"
-        scope = Scope()
+        scope = Scope(None, opset_of(proto.opset_import) or self.opset)
         inputs = [scope.define(gs.Variable(name), where) for name in proto.input]
         self._outputs_of_nodes(proto.node, scope, where)
         held = GraphOrigin(shell=shell_of(proto, _HEAVY_FUNCTION))
@@ -294,10 +306,32 @@ class Importer:
         attrs.update({a.name: decode_attribute(a) for a in proto.attribute_proto})
         function = gs.Function(
             proto.name, proto.domain, nodes=nodes, inputs=inputs, outputs=outputs, doc_string=proto.doc_string,
-            opset=opset_of(proto.opset_import) or self.opset, import_domains=list(proto.opset_import), attrs=attrs,
+            opset=scope.opset, import_domains=list(proto.opset_import), attrs=attrs,
         )  # fmt: skip
         function.origin = held
         return function
+
+
+_PROTO_ATTRIBUTES = frozenset(
+    {
+        AttributeProto.TENSORS, AttributeProto.GRAPHS, AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS,
+        AttributeProto.GRAPH, AttributeProto.TENSOR,
+    }
+)  # fmt: skip
+"""Attributes that may hold tensors and stay protos (GRAPH and TENSOR only where they name a parameter)."""
+
+
+def holds_external(messages: Iterable[Any]) -> bool:
+    """Tell whether a tensor inside these messages has its data in another file."""
+    stack = list(messages)
+    while stack:
+        message = stack.pop()
+        if isinstance(message, TensorProto) and message.data_location == TensorProto.EXTERNAL:
+            return True
+        for descriptor, value in message.ListFields():
+            if descriptor.message_type is not None:
+                stack.extend(value if descriptor.is_repeated else [value])
+    return False
 
 
 def annotate(variable: gs.Variable, info: ValueInfoProto) -> None:

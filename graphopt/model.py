@@ -6,7 +6,8 @@ holds.  Weights are read from the mapped file only when a pass asks for them, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,10 +19,11 @@ from onnx import TensorProto
 
 from graphopt.errors import ModelError
 from graphopt.exporter import Exporter, Place, inline, untouched
-from graphopt.external import MAPPED, ModelFile, atomic_write, digest
+from graphopt.external import ModelFile, atomic_write, digest
 from graphopt.importer import Importer, NodeOrigin, Values, opset_of, origin, shell_of
 from graphopt.sanity import check_graphs, check_proto
-from graphopt.tensors import LazySparse, LazyTensor
+from graphopt.tensors import LazySparse, LazyTensor, onnx_dtype
+from graphopt.wire import MAPPED
 
 Source: TypeAlias = "str | Path | onnx.ModelProto | Model"
 
@@ -109,10 +111,7 @@ class Model:
 
     def graphs(self) -> Iterator[gs.Graph]:
         """Yield the main graph, its nested subgraphs, then function bodies and theirs: outer before inner."""
-        stack = [self.graph]
-        for function in self.functions:
-            stack.append(function)
-        for root in stack:
+        for root in (self.graph, *self.functions):
             yield from _nested(root)
 
     def nodes(self) -> Iterator[gs.Node]:
@@ -125,14 +124,25 @@ class Model:
         found: dict[int, gs.Constant] = {}
         for graph in self.graphs():
             held = origin(graph)
-            for tensor in [*(held.declared if held else []), *(t for n in graph.nodes for t in n.inputs)]:
+            used = (t for n in graph.nodes for t in n.inputs)
+            for tensor in [*(held.declared if held else []), *used, *graph.outputs]:
                 if isinstance(tensor, gs.Constant):
                     found.setdefault(id(tensor), tensor)
         return list(found.values())
 
+    def weights(self) -> list[Values]:
+        """Return all values once: of constants, of optional inputs, and of tensors in attributes; unread."""
+        found = {id(v): v for c in self.constants() if (v := untouched(c)) is not None}
+        for graph in self.graphs():
+            held = origin(graph)
+            found.update((id(values), values) for _, values in (held.defaults if held else ()))
+            attributes = (a for n in graph.nodes for a in n.attrs.values() if isinstance(a, gs.Constant))
+            found.update((id(values), values) for values in map(untouched, attributes))
+        return list(found.values())
+
     def weight_bytes(self) -> int:
-        """Return the bytes of all initializers; nothing is read."""
-        return sum(int(c._values.nbytes) for c in self.constants())
+        """Return the bytes of all weights, in initializers or elsewhere; nothing is read."""
+        return sum(int(values.nbytes) for values in self.weights())
 
     def emitted_bytes(self) -> int:
         """Return about how many bytes the model takes on disk: its structure and its weights."""
@@ -162,12 +172,7 @@ class Model:
             if values.nbytes < _SMALL:
                 return inline(name, values)
             weights.append(values)
-            dtype = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-            out = TensorProto(
-                name=name, dims=values.shape, data_type=dtype, data_location=TensorProto.EXTERNAL
-            )
-            out.external_data.add(key=MAPPED, value=str(len(weights) - 1))
-            return out
+            return _elsewhere(name, values, {MAPPED: len(weights) - 1})
 
         return Snapshot(self.emit(keep), tuple(weights))
 
@@ -190,49 +195,40 @@ class Model:
         check_output(path)
         stale = _own_data_files(path)
         if self.weight_bytes() > INLINE_LIMIT or self._came_external():
-            data_file = self._save_external(path)
-            stale.discard(data_file)
+            stale.discard(self._save_external(path))
         else:
-            with atomic_write(path) as file:
-                file.write(self.emit().SerializeToString(deterministic=True))
+            _write(path, self.emit())
         for old in stale:
             old.unlink(missing_ok=True)
 
     def _came_external(self) -> bool:
-        values = (untouched(c) for c in self.constants())
-        return any(
-            isinstance(v, LazyTensor) and v.tensor.data_location == TensorProto.EXTERNAL for v in values
-        )
+        return any(isinstance(v, LazyTensor) and v.tensor.data_location == TensorProto.EXTERNAL for v in self.weights())
 
     def _save_external(self, path: Path) -> Path:
-        large = {
-            id(v): v
-            for c in self.constants()
-            if (v := untouched(c)).nbytes >= _SMALL and not isinstance(v, LazySparse)
-        }
-        name = f"{path.name}.{digest(_raw(v) for v in large.values())}.data"
+        """Write the weights, then the model; return the data file.  It goes again if the model cannot be written."""
+        large = {id(v): v for v in self.weights() if _can_be_external(v)}
+        data_file = path.parent / f"{path.name}.{digest(_raw(v) for v in large.values())}.data"
+        existed = data_file.exists()
         offsets: dict[int, int] = {}
-        with atomic_write(path.parent / name) as file:
+        with atomic_write(data_file) as file:
             for key, values in large.items():
                 file.write(b"\0" * (-file.tell() % _PAGE))
                 offsets[key] = file.tell()
                 file.write(_raw(values))
 
-        def place(tensor_name: str, values: Values) -> TensorProto:
+        def place(name: str, values: Values) -> TensorProto:
             if id(values) not in offsets:
-                return inline(tensor_name, values)
-            dtype = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-            out = TensorProto(
-                name=tensor_name, dims=values.shape, data_type=dtype, data_location=TensorProto.EXTERNAL
-            )
-            entries = {"location": name, "offset": offsets[id(values)], "length": len(_raw(values))}
-            for key, value in entries.items():
-                out.external_data.add(key=key, value=str(value))
-            return out
+                return inline(name, values)
+            entries = {"location": data_file.name, "offset": offsets[id(values)], "length": len(_raw(values))}
+            return _elsewhere(name, values, entries)
 
-        with atomic_write(path) as file:
-            file.write(self.emit(place).SerializeToString(deterministic=True))
-        return path.parent / name
+        try:
+            _write(path, self.emit(place))
+        except BaseException:
+            if not existed:
+                data_file.unlink(missing_ok=True)
+            raise
+        return data_file
 
     def metadata(self, node: gs.Node) -> dict[str, str]:
         """Return a node's `metadata_props`: change the dict to change them."""
@@ -255,7 +251,7 @@ def load(source: Source) -> Model:
     if isinstance(source, onnx.ModelProto):
         copy = onnx.ModelProto()
         copy.CopyFrom(source)
-        return _build(copy, ModelFile(Path.cwd() / "<memory>"), None)
+        return _build(copy, ModelFile(None), None)
     path = Path(source)
     file = ModelFile(path)
     return _build(file.parse(), file, path)
@@ -309,6 +305,33 @@ def _nested(graph: gs.Graph) -> Iterator[gs.Graph]:
         stack.extend(reversed(inner))
 
 
+def _write(path: Path, proto: onnx.ModelProto) -> None:
+    try:
+        data = proto.SerializeToString(deterministic=True)
+    except Exception as error:  # protobuf raises a different class in each implementation
+        raise ModelError("the model is too large for one file", at=str(path), hint=str(error)) from error
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def _elsewhere(name: str, values: Values, entries: Mapping[str, object]) -> TensorProto:
+    """Return the proto of a tensor whose data is not in it."""
+    if isinstance(values, LazyTensor):
+        out = values.header(name)
+    else:
+        out = TensorProto(name=name, dims=values.shape, data_type=onnx_dtype(values.dtype))
+    out.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        out.external_data.add(key=key, value=str(value))
+    return out
+
+
+def _can_be_external(values: Values) -> bool:
+    if isinstance(values, LazySparse) or values.nbytes < _SMALL:
+        return False
+    return values.dtype.kind not in "OSU"
+
+
 def _raw(values: Values) -> bytes | memoryview:
     if isinstance(values, LazyTensor):
         return values.raw()
@@ -327,5 +350,5 @@ def _as_input(name: str, values: Values) -> TensorProto | None:
 
 def _own_data_files(path: Path) -> set[Path]:
     """Return data files that an earlier `save` to this path left, named after it and a digest."""
-    pattern = f"{path.name}.{'[0-9a-f]' * 16}.data"
+    pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.data"
     return set(path.parent.glob(pattern)) if path.exists() else set()

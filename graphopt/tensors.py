@@ -23,10 +23,17 @@ from graphopt.errors import ModelError
 MAX_TENSOR_BYTES = 1 << 40
 """Declared sizes above this are refused unread (a model is data from a stranger)."""
 
+MAX_DENSE_BYTES = 1 << 31
+"""Sparse tensors are not made dense beyond this."""
+
+_MAX_RANK = 32
+
 _BITS = {
     TensorProto.UINT4: 4, TensorProto.INT4: 4, TensorProto.FLOAT4E2M1: 4,
     **{getattr(TensorProto, name): 2 for name in ("UINT2", "INT2") if hasattr(TensorProto, name)},
+    **{getattr(TensorProto, n): 6 for n in ("FLOAT6E2M3", "FLOAT6E3M2") if hasattr(TensorProto, n)},
 }  # fmt: skip
+_FIELD_BITS = {kind: bits for kind, bits in _BITS.items() if bits != 6}  # int32_data holds 6-bit elements one by one
 
 
 def numpy_dtype(data_type: int) -> np.dtype[Any] | None:
@@ -49,9 +56,7 @@ def onnx_dtype(dtype: np.dtype[Any] | type[Any]) -> int:
     try:
         return int(helper.np_dtype_to_tensor_dtype(dtype))
     except (KeyError, ValueError) as error:
-        raise ModelError(
-            f"ONNX has no tensor type for NumPy's {dtype}", hint="convert the array first"
-        ) from error
+        raise ModelError(f"ONNX has no tensor type for NumPy's {dtype}", hint="convert the array first") from error
 
 
 def is_float(dtype: np.dtype[Any] | None) -> bool:
@@ -69,7 +74,11 @@ def byte_size(data_type: int, dims: Sequence[int], name: str) -> int:
     """
     if any(dim < 0 for dim in dims):
         raise ModelError(f"tensor has a negative dimension: {list(dims)}", at=f"initializer '{name}'")
+    if len(dims) > _MAX_RANK:
+        raise ModelError(f"tensor has {len(dims)} dimensions", at=f"initializer '{name}'")
     count = math.prod(dims)
+    if math.prod(dim or 1 for dim in dims) > MAX_TENSOR_BYTES:  # NumPy refuses such a shape even when it is empty
+        raise ModelError(f"tensor has an impossible shape: {list(dims)}", at=f"initializer '{name}'")
     if data_type == TensorProto.STRING:
         return 0
     dtype = numpy_dtype(data_type)
@@ -95,16 +104,18 @@ class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
         self.tensor = proto
         self.data = data
         self.shape = tuple(proto.dims)
-        self.dtype = numpy_dtype(proto.data_type)
         self.nbytes = byte_size(proto.data_type, proto.dims, proto.name)
+        self.dtype = np.dtype(helper.tensor_dtype_to_np_dtype(proto.data_type))
         self._check_size()
         self._loaded: weakref.ref[np.ndarray[Any, Any]] | None = None
 
     def _check_size(self) -> None:
         found = len(self.data) if self.data is not None else len(self.tensor.raw_data)
         inline = self.data is None and not self.tensor.HasField("raw_data")
-        if self.tensor.data_type == TensorProto.STRING:
-            return
+        if self.tensor.HasField("segment"):
+            raise ModelError("tensor is split into segments", at=f"initializer '{self.tensor.name}'")
+        if self.tensor.data_type == TensorProto.STRING and not inline:
+            raise ModelError("strings cannot be raw data", at=f"initializer '{self.tensor.name}'")
         if inline:
             field = helper.tensor_dtype_to_field(self.tensor.data_type)
             stored, wanted = len(getattr(self.tensor, field)), _stored_elements(self.tensor)
@@ -122,7 +133,11 @@ class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
             )
 
     def load(self) -> np.ndarray[Any, Any]:
-        """Return the values as a read-only array; mapped data is not copied."""
+        """Return the values as a read-only array; mapped data is not copied.
+
+        Raises:
+            ModelError: a string is not UTF-8.
+        """
         array = self._loaded() if self._loaded is not None else None
         if array is None:
             array = self._decode()
@@ -132,13 +147,10 @@ class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
 
     def _decode(self) -> np.ndarray[Any, Any]:
         if self.data is None:
-            return np.asarray(numpy_helper.to_array(self.tensor)).view()
+            return _to_array(self.tensor).view()
         if self.tensor.data_type in _BITS:
-            inline = TensorProto(
-                data_type=self.tensor.data_type, dims=self.tensor.dims, raw_data=bytes(self.data)
-            )
-            return np.asarray(numpy_helper.to_array(inline))
-        assert self.dtype is not None
+            inline = TensorProto(data_type=self.tensor.data_type, dims=self.tensor.dims, raw_data=bytes(self.data))
+            return _to_array(inline)
         return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
 
     def is_loaded_as(self, values: object) -> bool:
@@ -153,11 +165,22 @@ class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
             return self.tensor.raw_data
         return encode(self.load(), "").raw_data
 
+    def header(self, name: str) -> TensorProto:
+        """Return the tensor under `name` without any data."""
+        out = TensorProto(dims=self.tensor.dims, data_type=self.tensor.data_type)
+        out.metadata_props.extend(self.tensor.metadata_props)
+        if self.tensor.HasField("doc_string"):
+            out.doc_string = self.tensor.doc_string
+        if name or self.tensor.HasField("name"):
+            out.name = name
+        return out
+
     def proto(self, name: str, *, inline: bool = True) -> TensorProto:
         """Return the tensor under `name`, with external data put inside it when `inline`."""
         out = TensorProto()
         out.CopyFrom(self.tensor)
-        out.name = name
+        if out.name != name:  # setting an empty name would make it a field that is there
+            out.name = name
         if inline and self.data is not None:
             out.ClearField("external_data")
             out.ClearField("data_location")
@@ -166,22 +189,48 @@ class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
 
 
 class LazySparse(gs.ir.tensor.LazyValues):  # type: ignore[misc]
-    """The values of one `SparseTensorProto`; reading makes them dense, in their own dtype."""
+    """The values of one `SparseTensorProto`; reading makes them dense, in their own dtype.
+
+    `nbytes` is what is stored, not what the dense form takes.
+    """
 
     def __init__(self, proto: onnx.SparseTensorProto) -> None:
         self.tensor = proto
         self.shape = tuple(proto.dims)
-        self.dtype = numpy_dtype(proto.values.data_type)
-        self.nbytes = byte_size(proto.values.data_type, proto.dims, proto.values.name)
+        self._dense = byte_size(proto.values.data_type, proto.dims, proto.values.name)
+        self.dtype = np.dtype(helper.tensor_dtype_to_np_dtype(proto.values.data_type))
+        self.nbytes = self._check()
         self._loaded: weakref.ref[np.ndarray[Any, Any]] | None = None
 
+    def _check(self) -> int:
+        """Return the bytes stored; the shapes of values and indices must agree, and the data be inside."""
+        name, values, indices = self.tensor.values.name, self.tensor.values, self.tensor.indices
+        where = f"sparse initializer '{name}'"
+        if TensorProto.EXTERNAL in (values.data_location, indices.data_location):
+            raise ModelError("a sparse tensor with external data", at=where, hint="store it in the model itself")
+        stored = LazyTensor(values).nbytes + LazyTensor(indices).nbytes
+        count = math.prod(values.dims)
+        flat, wide = [count], [count, len(self.shape)]
+        if indices.data_type != TensorProto.INT64 or list(indices.dims) not in (flat, wide):
+            raise ModelError(f"{count} values with indices of shape {list(indices.dims)}", at=where)
+        return stored
+
     def load(self) -> np.ndarray[Any, Any]:
-        """Return the dense values as a read-only array."""
+        """Return the dense values as a read-only array.
+
+        Raises:
+            ModelError: too large to be made dense, or an index outside the shape.
+        """
         array = self._loaded() if self._loaded is not None else None
         if array is not None:
             return array
-        values = numpy_helper.to_array(self.tensor.values)
-        indices = numpy_helper.to_array(self.tensor.indices)
+        where = f"sparse initializer '{self.tensor.values.name}'"
+        if self._dense > MAX_DENSE_BYTES:
+            raise ModelError(f"a sparse tensor of {self._dense} bytes in dense form", at=where)
+        values, indices = _to_array(self.tensor.values), _to_array(self.tensor.indices)
+        limits = np.array([math.prod(self.shape)] if indices.ndim == 1 else self.shape)
+        if values.size and ((indices < 0) | (indices >= limits)).any():
+            raise ModelError("an index lies outside the shape", at=where, hint="the file is damaged")
         array = np.zeros(self.shape, dtype=values.dtype)
         if indices.ndim == 1:
             array.reshape(-1)[indices] = values
@@ -199,26 +248,37 @@ class LazySparse(gs.ir.tensor.LazyValues):  # type: ignore[misc]
         """Return the sparse tensor under `name`."""
         out = onnx.SparseTensorProto()
         out.CopyFrom(self.tensor)
-        out.values.name = name
+        if out.values.name != name:
+            out.values.name = name
         return out
+
+
+def _to_array(proto: TensorProto) -> np.ndarray[Any, Any]:
+    """Return an inline tensor's values."""
+    try:
+        return np.asarray(numpy_helper.to_array(proto))
+    except UnicodeDecodeError as error:
+        raise ModelError("a string is not UTF-8", at=f"tensor '{proto.name}'") from error
 
 
 def _stored_elements(proto: TensorProto) -> int:
     """Return how many entries the typed field of an inline tensor must have."""
-    count = math.prod(proto.dims)
+    count = int(math.prod(proto.dims))
     if proto.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
         return 2 * count
-    if proto.data_type in _BITS:
-        return (count * _BITS[proto.data_type] + 7) // 8
+    if proto.data_type in _FIELD_BITS:
+        return (count * _FIELD_BITS[proto.data_type] + 7) // 8
     return count
 
 
 def encode(values: np.ndarray[Any, Any], name: str) -> TensorProto:
     """Return `values` as a `TensorProto` (raw data, little endian; strings as `string_data`)."""
     if values.dtype.kind in "OSU":
-        return helper.make_tensor(
-            name, TensorProto.STRING, values.shape, [_as_bytes(v) for v in values.reshape(-1)]
-        )
+        out = TensorProto(dims=values.shape, data_type=TensorProto.STRING)
+        out.string_data.extend(_as_bytes(v) for v in values.reshape(-1))
+        if name:
+            out.name = name
+        return out
     onnx_dtype(values.dtype)
     return numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
 

@@ -237,6 +237,8 @@ def remove_nodes(graph: gs.Graph, nodes: Iterable[gs.Node]) -> None:
     graph.nodes[:] = [node for node in graph.nodes if id(node) not in gone]
     for inner in list(nested_graphs(gone.values())):
         gone.update((id(node), node) for node in inner.nodes)
+        inner.nodes.clear()
+        inner.outputs.clear()
     read = {id(t): t for node in gone.values() for t in node.inputs}
     made = {id(t): t for node in gone.values() for t in node.outputs}
     for tensor in read.values():

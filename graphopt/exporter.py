@@ -214,7 +214,8 @@ def _output_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto
 
 def _output_info(tensor: gs.Tensor, stated: ValueInfoProto | None) -> ValueInfoProto:
     if isinstance(tensor, gs.Constant):
-        return stated if stated is not None and stated.name == tensor.name else _constant_info(tensor)
+        typed = stated is not None and stated.type.tensor_type.elem_type  # initializers give outputs no type
+        return stated if typed and stated.name == tensor.name else _constant_info(tensor)
     if stated is not None and _still_says(stated, tensor, compare_type=origin(tensor) is stated):
         return stated
     return variable_info(tensor)

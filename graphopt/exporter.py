@@ -214,8 +214,9 @@ def _output_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto
 
 def _output_info(tensor: gs.Tensor, stated: ValueInfoProto | None) -> ValueInfoProto:
     if isinstance(tensor, gs.Constant):
-        typed = stated is not None and stated.type.tensor_type.elem_type  # initializers give outputs no type
-        return stated if typed and stated.name == tensor.name else _constant_info(tensor)
+        if stated is None or stated.name != tensor.name or not stated.type.tensor_type.elem_type:
+            return _constant_info(tensor)  # a type left open is inferred from a node, never from an initializer
+        return stated
     if stated is not None and _still_says(stated, tensor, compare_type=origin(tensor) is stated):
         return stated
     return variable_info(tensor)

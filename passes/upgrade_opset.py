@@ -16,7 +16,7 @@ from graphopt.registry import register
 @register
 @dataclass(frozen=True)
 class UpgradeOpset(Pass):
-    """Raises the operator set to at least `to`; never lowers it.
+    """Raise the operator set to at least `to`; never lower it.
 
     A model with a node that cannot be upgraded stays as it is, and the report says why; with `required` that is
     an error.  Source: ONNX IR specification, "Operator Sets".

@@ -28,8 +28,9 @@ class Structure:
     def of(cls, model: Model) -> Structure:
         """Return the structure of an original model."""
         skeleton = model.skeleton()
-        strict = _accepts(skeleton, full=True)
-        return cls(tuple(model.inputs), tuple(model.outputs), strict, strict or _accepts(skeleton, full=False))
+        strict = _refusal(skeleton, full=True) is None
+        checked = strict or _refusal(skeleton, full=False) is None
+        return cls(tuple(model.inputs), tuple(model.outputs), strict, checked)
 
     def check(self, model: Model) -> None:
         """Raise ModelError unless `model` is well formed and has this signature."""
@@ -38,18 +39,37 @@ class Structure:
         _check_signature(self.inputs, tuple(model.inputs), "inputs")
         _check_signature(self.outputs, tuple(model.outputs), "outputs")
         if self.checked:
-            try:
-                onnx.checker.check_model(model.skeleton(), full_check=self.strict)
-            except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-                raise ModelError(f"ONNX's checker refuses the model: {_short(error)}") from error
+            skeleton = model.skeleton()
+            refusal = _refusal(skeleton, full=False)
+            if refusal is None and self.strict:
+                refusal = _refusal(skeleton, full=True) and _inference_refusal(skeleton)
+            if refusal is not None:
+                raise ModelError(f"ONNX's checker refuses the model: {refusal}")
 
 
-def _accepts(proto: onnx.ModelProto, *, full: bool) -> bool:
+def _refusal(proto: onnx.ModelProto, *, full: bool) -> str | None:
+    """Return why ONNX's checker refuses a model, None where it does not."""
     try:
         onnx.checker.check_model(proto, full_check=full)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
-        return False
-    return True
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return _short(error)
+    return None
+
+
+def _inference_refusal(proto: onnx.ModelProto) -> str | None:
+    """Return why strict shape inference fails with the outputs' shapes left open, None where it does not.
+
+    Some exports state a wrong output shape (their author named the axes by hand), and inference sees that only when
+    a pass has made the graph clearer.
+    """
+    for output in proto.graph.output:
+        if output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
+    try:
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        return _short(error)
+    return None
 
 
 def _short(error: Exception) -> str:

@@ -1,15 +1,13 @@
 """Where the time goes: ORT's profile, put back on the model's own nodes.
 
-ORT runs other nodes than the file holds: it fuses, moves into its blocked layout, adds reorders.  What it made is
-matched by tensors.  A node of the optimised graph still makes some tensor of the original one; walking back from
-that tensor, up to tensors that other optimised nodes make, gives the original nodes that it stands for.
+What ORT runs is traced back to what the file holds by `trace.py`.  The same machinery reads off one run what
+shapes and how many calls there were (`observe`).
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
-import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_graphsurgeon as gs
 
 from graphopt import environment
 from graphopt.analysis.cost import Observation
@@ -26,11 +23,15 @@ from graphopt.data import Spec, load_samples
 from graphopt.errors import DataError
 from graphopt.model import INLINE_LIMIT, Model, Source, load
 from graphopt.runtime import Feeds, Session
+from graphopt.trace import Matches, Trace
 
 _MAX_EVENTS = 500_000
 """ORT drops events beyond a million."""
 
 _SUFFIX = "_kernel_time"
+
+_READABLE = frozenset({"cpu", "cuda", "rocm"})
+"""Providers whose optimised graph ORT can write."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Profile:
             {
                 "op": op,
                 "added": added,
-                "nodes": len(group),
+                "nodes": len({n.name for n in group}),
                 "ms": sum(n.seconds for n in group) * 1e3,
                 "share": sum(n.share for n in group),
             }
@@ -158,7 +159,7 @@ def per_node(
     feeds = list(itertools.islice(loaded, 1 if loaded.random else 16))
     if not feeds:
         raise DataError("there are no samples to profile on")
-    original = _Original(copy)
+    original = Trace(copy)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         # providers that compile whole subgraphs leave nothing that ORT could write
         readable = provider in _READABLE and copy.weight_bytes() <= INLINE_LIMIT
@@ -171,7 +172,7 @@ def per_node(
     for number in range(warmup + runs):
         session.run(feeds[number % len(feeds)])
     kept, seconds, timed = _kernel_times(session.profile_events(), warmup, len(feeds))
-    rows = _rows(timed, original, {} if optimized is None else original.match(optimized), kept)
+    rows = _rows(timed, original, Matches() if optimized is None else original.match(optimized), kept)
     return Profile(
         tuple(rows), kept, seconds, loaded.description, environment.describe(threads=threads, provider=provider)
     )
@@ -185,7 +186,7 @@ def observe(model: Model, feed: Feeds, *, custom_ops: Sequence[Path] = ()) -> Ob
         DataError: ORT rejects the feed.
     """
     copy = load(model)
-    named = _Original(copy).named
+    named = Trace(copy).named
     session = Session(copy, optimization="off", profile=True, custom_ops=custom_ops)
     session.run(feed)
     own = list(model.nodes())
@@ -241,7 +242,7 @@ def _kernel_times(events: Iterable[Mapping[str, Any]], skip: int, feeds: int) ->
     return len(kept), sum(runs[i]["dur"] for i in kept) / 1e6 / max(1, len(kept)), found
 
 
-def _exclusive(events: list[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], float]]:
+def _exclusive(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], float]]:
     """Yield each event with the time that events nested directly inside it took."""
     by_thread: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
@@ -260,16 +261,15 @@ def _exclusive(events: list[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, A
         yield from zip(row, inner, strict=True)
 
 
-def _rows(
-    timed: Mapping[str, _Kernel], original: _Original, matched: Mapping[str, list[int]], runs: int
-) -> list[NodeTime]:
+def _rows(timed: Mapping[str, _Kernel], original: Trace, matches: Matches, runs: int) -> list[NodeTime]:
     total = sum(kernel.micros for kernel in timed.values()) or 1.0
+    matched = matches.of({name: kernel.op for name, kernel in timed.items()})
     merged: dict[tuple[str, str], NodeTime] = {}
     for name, kernel in timed.items():
         covered = matched.get(name) or original.by_name(name)
         lead = original.lead(covered, kernel.op)
         label = name if lead is None else original.labels[lead]
-        op = original.named_op(lead, kernel.op)
+        op = original.named_op(covered, kernel.op)
         fused = tuple(original.labels[i] for i in covered if i != lead)
         before = merged.get((label, kernel.op))
         merged[label, kernel.op] = NodeTime(
@@ -279,149 +279,3 @@ def _rows(
             kernel.micros / total + (before.share if before else 0.0),
         )  # fmt: skip
     return sorted(merged.values(), key=lambda row: -row.seconds)
-
-
-class _Original:
-    """The nodes of a model, each under a name of its own that ORT's names can be traced back to.
-
-    Renames nodes, and inner tensors of subgraphs and functions whose names are used twice, in the copy it is given.
-    """
-
-    def __init__(self, model: Model) -> None:
-        self.nodes: list[gs.Node] = list(model.nodes())
-        self.labels = [_label(node) for node in self.nodes]
-        self.functions = sorted((f.name for f in model.functions), key=len, reverse=True)
-        taken = Counter(node.name for node in self.nodes if node.name)
-        self.named: dict[str, int] = {}
-        for i, node in enumerate(self.nodes):
-            if not node.name or taken[node.name] > 1:
-                node.name = f"{node.name or node.op}/node_{i}"
-            self.named[node.name] = i
-        self.made = self._unique_tensors(model)
-
-    def _unique_tensors(self, model: Model) -> dict[str, int]:
-        made: dict[str, int] = {}
-        kept = {id(t) for graph in (model.graph, *model.functions) for t in (*graph.inputs, *graph.outputs)}
-        for i, node in enumerate(self.nodes):
-            for tensor in node.outputs:
-                if tensor.name in made and id(tensor) not in kept:
-                    tensor.name = f"{tensor.name}/node_{i}"
-                if tensor.name:
-                    made.setdefault(tensor.name, i)
-        return made
-
-    def plain(self, name: str) -> str:
-        """Return a name without what ORT puts before it when it inlines functions and branches."""
-        name = re.sub(r"^.*_Inline_\d+__", "", name)
-        stripped = True
-        while stripped:
-            stripped = False
-            for function in self.functions:
-                match = re.match(rf"_inlfunc_{re.escape(function)}(_token_\d+)?_", name)
-                if match:
-                    name, stripped = name[match.end() :], True
-        return name
-
-    def by_name(self, name: str) -> list[int]:
-        """Return the node that ORT's name points to: its own name, or a tensor's followed by `_nchwc`."""
-        if name in self.named:
-            return [self.named[name]]
-        plain = self.plain(name)
-        tensor = plain.removesuffix("_nchwc")
-        if plain in self.named:
-            return [self.named[plain]]
-        if tensor != plain and tensor in self.made:
-            return [self.made[tensor]]
-        parts = plain.split("/")
-        heads = ("/".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
-        return next(([self.named[head]] for head in heads if head in self.named), [])
-
-    def match(self, optimized: onnx.ModelProto) -> dict[str, list[int]]:
-        """Return, for every node of the optimised graph, the original nodes that it stands for."""
-        ran = list(_all_nodes(optimized.graph))
-        ends = {node.name: self._ends(node) for node in ran}
-        stops = {name for found in ends.values() for name in found}
-        stops |= {i.name for i in optimized.graph.initializer}
-        return {name: self._between(found, stops) for name, found in ends.items() if found}
-
-    def _ends(self, node: onnx.NodeProto) -> list[str]:
-        """Return the original tensors that an optimised node makes."""
-        if node.domain == _BLOCKED:
-            return [] if node.op_type in _MOVES else self._blocked_end(node)
-        tensors = [name for name in map(self._tensor, node.output) if name is not None]
-        # moved into the blocked layout as it was: its outputs have new names
-        kept = next((self.named[n] for n in (node.name, self.plain(node.name)) if n in self.named), None)
-        if tensors or kept is None or self.nodes[kept].op != node.op_type:
-            return tensors
-        return [t.name for t in self.nodes[kept].outputs if t.name]
-
-    def _tensor(self, name: str) -> str | None:
-        return next((n for n in (name, self.plain(name)) if n in self.made), None)
-
-    def _blocked_end(self, node: onnx.NodeProto) -> list[str]:
-        """Return the original tensor of a node in ORT's blocked layout, whose own outputs have other names.
-
-        It is called after the tensor that it made before a sum and an activation moved into it.
-        """
-        # r7_nchwc, and r7_bn_nchwc, r7_mul_nchwc for what became a depthwise convolution
-        names = (self._tensor(re.sub(pattern, "", node.name)) for pattern in ("_nchwc$", "_[a-z]+_nchwc$"))
-        name = next((found for found in names if found is not None), None)
-        if name is None:
-            return []
-        tensor = next(t for t in self.nodes[self.made[name]].outputs if t.name == name)
-        activation = next((a.s.decode() for a in node.attribute if a.name == "activation"), "")
-        if len(node.input) > 3 and node.input[3]:
-            tensor = _only_result(tensor, "Add", "Sum")
-        return [_only_result(tensor, activation).name] if activation else [tensor.name]
-
-    def _between(self, ends: Sequence[str], stops: set[str]) -> list[int]:
-        """Return the original nodes from `ends` back to `stops`."""
-        found: dict[int, None] = {}
-        stack = list(ends)
-        while stack:
-            tensor = stack.pop()
-            i = self.made.get(tensor)
-            if i is None or i in found or self.nodes[i].op == "Constant" or (tensor in stops and tensor not in ends):
-                continue
-            found[i] = None
-            stack.extend(t.name for t in self.nodes[i].inputs if t.name and not isinstance(t, gs.Constant))
-        return sorted(found)
-
-    def lead(self, covered: Sequence[int], kernel: str) -> int | None:
-        """Return the node that does the work among those in one kernel: the one that the kernel is named after."""
-        same = [i for i in covered if self.nodes[i].op == kernel]
-        alike = [i for i in covered if self.nodes[i].op in kernel]
-        heavy = [i for i in covered if self.nodes[i].op in _HEAVY]
-        return next(iter(same or heavy or alike or list(covered[-1:])), None)
-
-    def named_op(self, lead: int | None, kernel: str) -> str:
-        """Return the operator to count a kernel under: the original one, or ORT's where it made one of several."""
-        if lead is None:
-            return kernel
-        op = str(self.nodes[lead].op)
-        return op if op in _HEAVY or op in kernel else kernel
-
-
-def _only_result(tensor: gs.Tensor, *ops: str) -> gs.Tensor:
-    """Return what the only reader of `tensor` makes of it, if that is one of `ops`; else `tensor`."""
-    readers = tensor.outputs
-    return readers[0].outputs[0] if len(readers) == 1 and readers[0].op in ops else tensor
-
-
-_READABLE = frozenset({"cpu", "cuda", "rocm"})
-_BLOCKED = "com.microsoft.nchwc"
-_MOVES = frozenset({"ReorderInput", "ReorderOutput"})
-_HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum"})
-
-
-def _label(node: gs.Node) -> str:
-    return node.name or f"{node.op} -> {node.outputs[0].name if node.outputs else '?'}"
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    stack = [graph]
-    while stack:
-        for node in stack.pop().node:
-            yield node
-            stack.extend(a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
-            stack.extend(g for a in node.attribute for g in a.graphs)

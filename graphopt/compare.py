@@ -388,9 +388,25 @@ def widened(floor: Tolerance, own: OutputComparison | None, factor: float = 3.0)
     )
 
 
+def adapted(low: Tolerance, high: Tolerance, own: OutputComparison | None, factor: float = 30.0) -> Tolerance:
+    """Return `factor` times the reference's own error `own`, but between `low` and `high`."""
+
+    def between(least: float | None, most: float | None, error: float) -> float | None:
+        return most if least is None or most is None else min(most, max(least, factor * error))
+
+    if own is None:
+        return high
+    return replace(
+        high,
+        relative=between(low.relative, high.relative, own.relative),
+        slices=between(low.slices, high.slices, own.slices),
+        log=between(low.log, high.log, own.log),
+    )
+
+
 def floor_tolerance(relative: float, atol: float = 0.0) -> Tolerance:
-    """Return the tolerance for a relative error: ten times it for logarithms, a hundred times within slices."""
-    return Tolerance(relative, slices=100 * relative, log=10 * relative, atol=atol)
+    """Return the tolerance for a relative error: the same for logarithms (1e-4 at least), 30 times it in slices."""
+    return Tolerance(relative, slices=30 * relative, log=max(relative, 1e-4), atol=atol)
 
 
 def compare_outputs(

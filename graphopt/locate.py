@@ -278,7 +278,7 @@ def _array_difference(a: Any, b: Any) -> float:
     if a.size == 0:
         return 0.0
     if not is_float(a.dtype):
-        return float(np.count_nonzero(a != b)) / a.size
+        return float(np.mean(a != b))
     x, y = a.astype(np.float64), b.astype(np.float64)
     finite = np.isfinite(x) & np.isfinite(y)
     if not np.all(finite | (x == y) | (np.isnan(x) & np.isnan(y))):

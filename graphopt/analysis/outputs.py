@@ -35,11 +35,28 @@ def _maker(tensor: gs.Tensor) -> str:
         node = current.inputs[0]
         if node.op in _MAKES_PROBABILITIES:
             return _MAKES_PROBABILITIES[node.op]
+        written_out = _decomposed(node)
+        if written_out:
+            return written_out
         if node.op in _KEEPS_PROBABILITIES:
             stack.append(node.inputs[0])
         elif node.op == "If":
             slot = next(i for i, t in enumerate(node.outputs) if t is current)
             stack += [b.outputs[slot] for b in node.attrs.values() if isinstance(b, gs.Graph)]
+    return ""
+
+
+def _decomposed(node: gs.Node) -> str:
+    """Return which of the two a quotient of exponentials is: e / sum(e), 1 / (1 + e); '' for anything else."""
+    if node.op not in ("Div", "Mul", "Reciprocal"):
+        return ""
+    makers = [t.inputs[0] if isinstance(t, gs.Variable) and t.inputs else None for t in node.inputs]
+    if node.op != "Reciprocal" and any(n is not None and n.op == "Exp" for n in makers):
+        return "softmax"
+    below = makers[-1]
+    if node.op != "Mul" and below is not None and below.op == "Add":
+        parts = [t.inputs[0].op for t in below.inputs if isinstance(t, gs.Variable) and t.inputs]
+        return "sigmoid" if "Exp" in parts else ""
     return ""
 
 

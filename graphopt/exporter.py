@@ -18,6 +18,7 @@ from graphopt.importer import (
     decode_attribute,
     origin,
     paused_gc,
+    shell_of,
     tensor_type,
 )
 from graphopt.tensors import LazySparse, LazyTensor, encode, onnx_dtype, same_dtype
@@ -39,6 +40,9 @@ def untouched(constant: gs.Constant) -> Values:
     if isinstance(came_from, LazyTensor | LazySparse) and came_from.is_loaded_as(values):
         return came_from
     return values  # type: ignore[no-any-return]
+
+
+_EDITABLE = {"input", "output", "attribute", "metadata_props"}
 
 
 class Exporter:
@@ -67,7 +71,8 @@ class Exporter:
     def _graph(self, graph: gs.Graph, out: GraphProto, outer: set[int], *, main: bool = False) -> None:
         held: GraphOrigin = origin(graph) or GraphOrigin(shell=GraphProto())
         out.CopyFrom(held.shell)
-        out.name = graph.name
+        if out.name != (graph.name or ""):  # setting an empty name would make it a field that is there
+            out.name = graph.name or ""
         constants = constants_of(graph, outer)
         extra_inputs = self._initializers(constants, held, out, main=main)
         self._inputs(graph, held, out, extra_inputs)
@@ -78,12 +83,13 @@ class Exporter:
         outer -= own
         out.output.extend(_output_infos(graph, held))
         out.value_info.extend(_value_infos(graph, held))
-        _prune_annotations(out)
+        _prune_annotations(held, out)
 
     def _initializers(
         self, constants: list[gs.Constant], held: GraphOrigin, out: GraphProto, *, main: bool
     ) -> list[ValueInfoProto]:
         extra: list[ValueInfoProto] = []
+        placed: list[tuple[int, TensorProto]] = []
         listed = {id(t) for t in held.input_order} if self.listed else set()
         for constant in constants:
             values = untouched(constant)
@@ -94,56 +100,47 @@ class Exporter:
             if proto is None and not main:
                 proto = inline(constant.name, values)
             if proto is not None:
-                out.initializer.append(proto)
+                placed.append((id(constant), proto))
             if (proto is None or (self.listed and main)) and id(constant) not in listed:
                 extra.append(_constant_info(constant))
         for variable, values in held.defaults:
             proto = self.place(variable.name, values)
             if proto is not None:  # otherwise the input stands alone
-                out.initializer.append(proto)
+                placed.append((id(variable), proto))
+        if held.defaults:  # they stand among the constants
+            place = {id(t): i for i, t in enumerate(held.order)}
+            placed.sort(key=lambda pair: place.get(pair[0], len(place)))
+        out.initializer.extend(proto for _, proto in placed)
         return extra
 
     def _inputs(self, graph: gs.Graph, held: GraphOrigin, out: GraphProto, extra: list[ValueInfoProto]) -> None:
         current = {id(t) for t in graph.inputs}
+        kept = {id(c) for c in held.declared if isinstance(c, gs.Constant)} if self.listed else set()
         emitted: set[int] = set()
         for tensor in held.input_order:
             if id(tensor) in current:
                 out.input.append(variable_info(tensor))
-            elif isinstance(tensor, gs.Constant) and self._kept(tensor, held):
+            elif id(tensor) in kept:
                 out.input.append(tensor.input_info)
             emitted.add(id(tensor))
         out.input.extend(variable_info(t) for t in graph.inputs if id(t) not in emitted)
         out.input.extend(extra)
 
-    def _kept(self, constant: gs.Constant, held: GraphOrigin) -> bool:
-        return self.listed and any(constant is c for c in held.declared)
-
     def _node(self, node: gs.Node, out: NodeProto, outer: set[int]) -> None:
         came_from: NodeOrigin | None = origin(node)
-        out.op_type = node.op
-        if node.name:
-            out.name = node.name
-        if node.domain is not None:
-            out.domain = node.domain
+        if came_from is not None and came_from.proto.op_type == node.op:
+            out.CopyFrom(shell_of(came_from.proto, _EDITABLE))
+        for name, value in (("op_type", node.op), ("name", node.name), ("domain", node.domain)):
+            if value is None:
+                out.ClearField(name)
+            elif value != getattr(out, name) or name == "op_type" or (name == "domain" and not out.HasField(name)):
+                setattr(out, name, value)
         out.input.extend(t.name for t in node.inputs)
         out.output.extend(t.name for t in node.outputs)
         originals: dict[str, AttributeProto] = {}
         if came_from is not None:
             originals = {a.name: a for a in came_from.proto.attribute}
-            if came_from.proto.op_type == node.op:
-                out.doc_string = came_from.proto.doc_string
-                if came_from.proto.HasField("overload"):
-                    out.overload = came_from.proto.overload
-                if hasattr(came_from.proto, "device_configurations"):
-                    out.device_configurations.extend(came_from.proto.device_configurations)
-            if not came_from.proto.HasField("doc_string"):
-                out.ClearField("doc_string")
-            stated = came_from.proto.metadata_props
-            if came_from.metadata == {entry.key: entry.value for entry in stated}:
-                out.metadata_props.extend(stated)
-            else:
-                for key, value in came_from.metadata.items():
-                    out.metadata_props.add(key=key, value=value)
+            _metadata(came_from, out)
         for name, value in node.attrs.items():
             if value is not None:
                 out.attribute.append(self._attribute(node, name, value, originals.get(name), outer))
@@ -171,7 +168,8 @@ class Exporter:
     def _function(self, function: gs.Function, out: onnx.FunctionProto) -> None:
         held: GraphOrigin = origin(function) or GraphOrigin(shell=onnx.FunctionProto())
         out.CopyFrom(held.shell)
-        out.name, out.domain = function.name, function.domain
+        if (out.name, out.domain) != (function.name, function.domain):
+            out.name, out.domain = function.name, function.domain
         out.input.extend(t.name for t in function.inputs)
         out.output.extend(t.name for t in function.outputs)
         constants = constants_of(function, set())
@@ -183,6 +181,15 @@ class Exporter:
             self._node(node, out.node.add(), outer)
         if hasattr(out, "value_info"):
             out.value_info.extend(_value_infos(function, held))
+
+
+def _metadata(came_from: NodeOrigin, out: NodeProto) -> None:
+    stated = came_from.proto.metadata_props
+    if came_from.metadata == {entry.key: entry.value for entry in stated}:
+        out.metadata_props.extend(stated)
+    else:
+        for key, value in came_from.metadata.items():
+            out.metadata_props.add(key=key, value=value)
 
 
 def constants_of(graph: gs.Graph, outer: set[int]) -> list[gs.Constant]:
@@ -214,7 +221,10 @@ def _output_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto
 
 def _output_info(tensor: gs.Tensor, stated: ValueInfoProto | None) -> ValueInfoProto:
     if isinstance(tensor, gs.Constant):
-        if stated is None or stated.name != tensor.name or not stated.type.tensor_type.elem_type:
+        if stated is None or stated.name != tensor.name:
+            return _constant_info(tensor)
+        was_constant = isinstance(origin(tensor), LazyTensor | LazySparse)
+        if not was_constant and not stated.type.tensor_type.elem_type:
             return _constant_info(tensor)  # a type left open is inferred from a node, never from an initializer
         return stated
     if stated is not None and _still_says(stated, tensor, compare_type=origin(tensor) is stated):
@@ -276,11 +286,13 @@ def _value_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto]
             yield variable_info(tensor)
 
 
-def _prune_annotations(out: GraphProto) -> None:
-    if not out.quantization_annotation:
+def _prune_annotations(held: GraphOrigin, out: GraphProto) -> None:
+    """Drop the annotations of tensors that are gone."""
+    if not held.annotated:
         return
-    names = {i.name for i in out.initializer} | {i.name for i in out.input} | {t for n in out.node for t in n.output}
-    kept = [a for a in out.quantization_annotation if a.tensor_name in names]
+    names = {i.name for i in (*out.initializer, *out.input)} | {t for n in out.node for t in n.output}
+    names.update(s.values.name for s in out.sparse_initializer)
+    kept = [a for a in out.quantization_annotation if a.tensor_name in names or a.tensor_name not in held.annotated]
     if len(kept) != len(out.quantization_annotation):
         del out.quantization_annotation[:]
         out.quantization_annotation.extend(kept)

@@ -50,7 +50,8 @@ class GraphOrigin:
     """What a graph holds beside its nodes.
 
     `declared` lists its constants in file order, used or not; `defaults` the default values of optional inputs;
-    `shell` is the proto without its repeated parts.
+    `annotated` the tensors of its own that have a quantization annotation; `order` its dense
+    constants and defaults together, in file order; `shell` is the proto without its repeated parts.
     """
 
     shell: Any
@@ -59,6 +60,8 @@ class GraphOrigin:
     value_info: list[tuple[gs.Tensor | None, ValueInfoProto]] = field(default_factory=list)
     outputs: list[tuple[gs.Tensor, ValueInfoProto]] = field(default_factory=list)
     input_order: list[gs.Tensor] = field(default_factory=list)
+    annotated: set[str] = field(default_factory=set)
+    order: list[gs.Tensor] = field(default_factory=list)
 
 
 class Scope:
@@ -177,6 +180,7 @@ class Importer:
         self._outputs_of_nodes(proto.node, scope, where)
         self._value_info(proto.value_info, scope, held)
         nodes = [self._node(node, scope, where) for node in proto.node]
+        held.annotated = {a.tensor_name for a in proto.quantization_annotation} & set(scope.local)
         held.outputs = [(self._graph_output(info, scope, where), info) for info in proto.output]
         outputs = [tensor for tensor, _ in held.outputs]
         graph = gs.Graph(
@@ -192,9 +196,13 @@ class Importer:
     ) -> None:
         for tensor in proto.initializer:
             if tensor.name in input_names and self.overridable:
-                held.defaults.append((gs.Variable(tensor.name), self._values(tensor)))
+                default = gs.Variable(tensor.name)
+                held.defaults.append((default, self._values(tensor)))
+                held.order.append(default)
                 continue
-            held.declared.append(self._constant(tensor.name, self._values(tensor), scope, where))
+            constant = self._constant(tensor.name, self._values(tensor), scope, where)
+            held.declared.append(constant)
+            held.order.append(constant)
         for sparse in proto.sparse_initializer:
             held.declared.append(self._constant(sparse.values.name, LazySparse(sparse), scope, where))
 

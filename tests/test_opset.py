@@ -74,13 +74,14 @@ def check_same(proto: onnx.ModelProto, feeds: Mapping[str, Array], target: int) 
 X = data(2, 3, 4, 5)
 I64 = np.int64
 
-SOFTMAX = {
+Case = tuple[int, list[NodeProto], dict[str, Array], dict[str, Array]]
+SOFTMAX: dict[str, Case] = {
     f"{op} {axis} from {version}": (version, [node(op, "x", axis=axis)], {"x": X}, {})
     for op in ("Softmax", "LogSoftmax", "Hardmax")
     for version, axes in ((7, (0, 1, 2, 3)), (11, (-1, -2, -4, 1)))
     for axis in axes
 }
-CASES: dict[str, tuple[int, list[NodeProto], dict[str, Array], dict[str, Array]]] = {
+CASES: dict[str, Case] = {
     **SOFTMAX,
     "softmax without axis": (9, [node("Softmax", "x")], {"x": X}, {}),
     "softmax of N,C,1,1": (9, [node("Softmax", "x")], {"x": data(2, 5, 1, 1)}, {}),
@@ -269,7 +270,8 @@ def test_group_normalization_21(constant: bool) -> None:
 
 def test_dft_20() -> None:
     x = data(1, 4, 6, 1)
-    for attrs in ({"axis": 2}, {}, {"axis": 1, "onesided": 1}):
+    choices: list[dict[str, Any]] = [{"axis": 2}, {}, {"axis": 1, "onesided": 1}]
+    for attrs in choices:
         check_same(model_of(17, [node("DFT", "x", **attrs)], {"x": x}), {"x": x}, 20)
 
 

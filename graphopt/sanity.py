@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -33,6 +34,7 @@ def check_proto(proto: onnx.ModelProto, where: str) -> None:
             at=where,
             hint="upgrade: pip install -U onnx onnxruntime",
         )
+    _check_text(proto, where)
     latest = onnx.defs.onnx_opset_version()
     version = opset_of(proto.opset_import)
     if version is not None and not 1 <= version <= latest:
@@ -47,6 +49,20 @@ def check_proto(proto: onnx.ModelProto, where: str) -> None:
         raise ModelError(
             "the model imports no standard operator set", at=where, hint=f"its opset imports: {sorted(known)}"
         )
+
+
+def _check_text(proto: onnx.ModelProto, where: str) -> None:
+    """Raise ModelError for text that is not UTF-8: protobuf hands it out as bytes, or fails when it is copied."""
+    stack: list[Any] = [proto]
+    while stack:
+        for descriptor, value in stack.pop().ListFields():
+            values = value if descriptor.is_repeated else (value,)
+            if descriptor.message_type is not None:
+                stack.extend(values)
+            elif descriptor.type == descriptor.TYPE_STRING and any(isinstance(v, bytes) for v in values):
+                raise ModelError(
+                    f"text that is not UTF-8 in field '{descriptor.name}'", at=where, hint="the file is damaged"
+                )
 
 
 def check_graphs(graphs: Iterable[gs.Graph], functions: Iterable[gs.Function]) -> None:

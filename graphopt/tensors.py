@@ -213,13 +213,17 @@ class LazySparse(gs.ir.tensor.LazyValues):  # type: ignore[misc]
         flat, wide = [count], [count, len(self.shape)]
         if indices.data_type != TensorProto.INT64 or list(indices.dims) not in (flat, wide):
             raise ModelError(f"{count} values with indices of shape {list(indices.dims)}", at=where)
+        found = _to_array(indices)
+        limits = np.array([math.prod(self.shape)] if found.ndim == 1 else self.shape)
+        if count and ((found < 0) | (found >= limits)).any():
+            raise ModelError("an index lies outside the shape", at=where, hint="the file is damaged")
         return stored
 
     def load(self) -> np.ndarray[Any, Any]:
         """Return the dense values as a read-only array.
 
         Raises:
-            ModelError: too large to be made dense, or an index outside the shape.
+            ModelError: too large to be made dense.
         """
         array = self._loaded() if self._loaded is not None else None
         if array is not None:
@@ -228,9 +232,6 @@ class LazySparse(gs.ir.tensor.LazyValues):  # type: ignore[misc]
         if self._dense > MAX_DENSE_BYTES:
             raise ModelError(f"a sparse tensor of {self._dense} bytes in dense form", at=where)
         values, indices = _to_array(self.tensor.values), _to_array(self.tensor.indices)
-        limits = np.array([math.prod(self.shape)] if indices.ndim == 1 else self.shape)
-        if values.size and ((indices < 0) | (indices >= limits)).any():
-            raise ModelError("an index lies outside the shape", at=where, hint="the file is damaged")
         array = np.zeros(self.shape, dtype=values.dtype)
         if indices.ndim == 1:
             array.reshape(-1)[indices] = values

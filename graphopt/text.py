@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt.errors import ModelError
 from graphopt.exporter import constants_of, untouched
 from graphopt.model import Model
 from graphopt.tensors import LazySparse
@@ -124,7 +125,10 @@ def _small(constant: gs.Constant) -> str | None:
     count = int(np.prod(values.shape, dtype=object)) if len(values.shape) else 1
     if count > _SHOWN_VALUES or (not isinstance(values, np.ndarray) and values.nbytes > _SHOWN_BYTES):
         return None
-    array = values if isinstance(values, np.ndarray) else values.load()
+    try:
+        array = values if isinstance(values, np.ndarray) else values.load()
+    except ModelError:  # a text for error messages must not fail itself
+        return None
     if array.ndim == 0:
         return _scalar(array[()])
     return f"[{','.join(_scalar(v) for v in array.reshape(-1))}]"
@@ -190,9 +194,7 @@ def _changes(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int, int, in
     return found
 
 
-def _gap(
-    a: Sequence[str], b: Sequence[str], span: tuple[int, int, int, int]
-) -> Iterator[tuple[int, int, int, int]]:
+def _gap(a: Sequence[str], b: Sequence[str], span: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
     i, i_end, j, j_end = span
     while i < i_end and j < j_end and a[i] == b[j]:
         i, j = i + 1, j + 1
@@ -249,9 +251,7 @@ def _hunks(
         yield from _hunk(a, b, hunk, context)
 
 
-def _hunk(
-    a: Sequence[str], b: Sequence[str], hunk: list[tuple[int, int, int, int]], context: int
-) -> Iterator[str]:
+def _hunk(a: Sequence[str], b: Sequence[str], hunk: list[tuple[int, int, int, int]], context: int) -> Iterator[str]:
     lead = min(context, hunk[0][0])
     tail = min(context, len(a) - hunk[-1][1])
     start_a, start_b = hunk[0][0] - lead, hunk[0][2] - lead

@@ -151,14 +151,15 @@ class _Folder:
 
     def _culprit(self, group: Group, opset: int) -> Refused:
         """Return the first node of a group that ORT does not run, by binary search."""
-        low, high, reason = 0, len(group.nodes), "ONNX Runtime does not run it"
+        low, high = 0, len(group.nodes)
+        reason = self._error(group.nodes, opset) or "ONNX Runtime fails on it"
         while high - low > 1:
             middle = (low + high) // 2
             error = self._error(group.nodes[:middle], opset)
             if error is None:
                 low = middle
             else:
-                high, reason = middle, f"ONNX Runtime: {error}"
+                high, reason = middle, error
         return group.nodes[high - 1], reason
 
     def _error(self, nodes: Sequence[gs.Node], opset: int) -> str | None:

@@ -111,27 +111,26 @@ class ModelFile:
         if path not in self._maps:
             try:
                 descriptor = os.open(path, _OPEN_FLAGS)
+                try:
+                    self._maps[path] = _mapped(descriptor, f"external data '{path.name}'", where)
+                finally:
+                    os.close(descriptor)
             except FileNotFoundError as error:
                 raise ModelError(
-                    f"external data file '{path.name}' is missing",
-                    at=where,
-                    hint=f"put it into {self.folder}",
+                    f"external data file '{path.name}' is missing", at=where, hint=f"put it into {self.folder}"
                 ) from error
             except OSError as error:
                 raise ModelError(f"cannot read external data '{path.name}': {error.strerror}", at=where) from error
-            with os.fdopen(descriptor, "rb") as file:
-                found = os.fstat(file.fileno())
-                if not stat.S_ISREG(found.st_mode):
-                    raise ModelError(f"external data '{path.name}' is not an ordinary file", at=where)
-                if found.st_nlink > 1:
-                    raise ModelError(
-                        f"external data '{path.name}' is a hard link",
-                        at=where,
-                        hint="make it a file of its own: copy it",
-                    )
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if found.st_size else b""
-                self._maps[path] = memoryview(mapped)
         return self._maps[path]
+
+
+def _mapped(descriptor: int, what: str, where: str) -> memoryview:
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelError(f"{what} is not an ordinary file", at=where)
+    if found.st_nlink > 1:
+        raise ModelError(f"{what} is a hard link", at=where, hint="make it a file of its own: copy it")
+    return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if found.st_size else b"")
 
 
 def check_location(folder: Path, location: str, where: str) -> Path:

@@ -21,6 +21,7 @@ EXPERIMENTS = frozenset(
 )  # fmt: skip
 """Experimental operators of opsets 1 to 9: gone from ONNX's tables, but runtimes still know most of them."""
 
+_MAX_DEPTH = 100  # of messages in each other: protobuf's own limit when it reads a file
 _LATEST_IR = max(v for k, v in onnx.Version.items() if k.startswith("IR_VERSION"))
 
 
@@ -34,7 +35,7 @@ def check_proto(proto: onnx.ModelProto, where: str) -> None:
             at=where,
             hint="upgrade: pip install -U onnx onnxruntime",
         )
-    _check_text(proto, where)
+    _check_fields(proto, where)
     latest = onnx.defs.onnx_opset_version()
     version = opset_of(proto.opset_import)
     if version is not None and not 1 <= version <= latest:
@@ -51,14 +52,17 @@ def check_proto(proto: onnx.ModelProto, where: str) -> None:
         )
 
 
-def _check_text(proto: onnx.ModelProto, where: str) -> None:
-    """Raise ModelError for text that is not UTF-8: protobuf hands it out as bytes, or fails when it is copied."""
-    stack: list[Any] = [proto]
+def _check_fields(proto: onnx.ModelProto, where: str) -> None:
+    """Raise ModelError for what protobuf takes and then fails on: text that is not UTF-8, endless nesting."""
+    stack: list[tuple[Any, int]] = [(proto, 0)]
     while stack:
-        for descriptor, value in stack.pop().ListFields():
+        message, depth = stack.pop()
+        if depth > _MAX_DEPTH:
+            raise ModelError("subgraphs are nested too deeply", at=where, hint="no file could hold this model")
+        for descriptor, value in message.ListFields():
             values = value if descriptor.is_repeated else (value,)
             if descriptor.message_type is not None:
-                stack.extend(values)
+                stack.extend((v, depth + 1) for v in values)
             elif descriptor.type == descriptor.TYPE_STRING and any(isinstance(v, bytes) for v in values):
                 raise ModelError(
                     f"text that is not UTF-8 in field '{descriptor.name}'", at=where, hint="the file is damaged"

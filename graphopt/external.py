@@ -58,18 +58,20 @@ class ModelFile:
         return model
 
     def _read(self) -> memoryview:
-        if self.path.is_dir():
-            raise ModelError("this is a folder, not a model", at=str(self.path), hint="name the .onnx file in it")
         try:
-            size = self.path.stat().st_size
-            if size == 0:
+            found = self.path.stat()
+            if stat.S_ISDIR(found.st_mode):
+                raise ModelError("this is a folder, not a model", at=str(self.path), hint="name the .onnx file in it")
+            if not stat.S_ISREG(found.st_mode):
+                raise ModelError("this is not an ordinary file", at=str(self.path))
+            if found.st_size == 0:
                 raise ModelError("the file is empty", at=str(self.path), hint="export or download the model again")
             with self.path.open("rb") as file:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except FileNotFoundError as error:
             raise ModelError("no such model file", at=str(self.path), hint="check the path") from error
-        except OSError as error:
-            raise ModelError(f"cannot read the model: {error.strerror}", at=str(self.path)) from error
+        except (OSError, ValueError) as error:  # ValueError: a null character in the path
+            raise ModelError(f"cannot read the model: {error}", at=str(self.path)) from error
 
     def resolve(self, proto: TensorProto) -> LazyTensor:
         """Return a tensor whose data is a region of this file or of an external data file."""

@@ -7,7 +7,7 @@ holds.  Weights are read from the mapped file only when a pass asks for them, an
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -54,6 +54,8 @@ class Snapshot:
 
     proto: onnx.ModelProto
     weights: tuple[Values, ...]
+    path: Path | None = None
+    custom_ops: tuple[Path, ...] = ()
 
 
 class Model:
@@ -63,6 +65,7 @@ class Model:
         graph: the main graph.
         functions: local functions, in file order.
         path: the file it came from, None for a model made in memory.
+        custom_ops: libraries of custom operators that the user named; sessions of this model load them.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Model:
         self.graph = graph
         self.functions = functions
         self.path = path
+        self.custom_ops: tuple[Path, ...] = ()
 
     @property
     def opset(self) -> int:
@@ -174,16 +178,16 @@ class Model:
             weights.append(values)
             return _elsewhere(name, values, {MAPPED: len(weights) - 1})
 
-        return Snapshot(self.emit(keep), tuple(weights))
+        return Snapshot(self.emit(keep), tuple(weights), self.path, self.custom_ops)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to `snapshot`; graph and node objects are new ones."""
-        other = from_snapshot(snapshot, self.path)
+        other = from_snapshot(snapshot)
         self.shell, self.graph, self.functions = other.shell, other.graph, other.functions
 
     def copy(self) -> Model:
         """Return an independent model that shares the (read-only) weights."""
-        return from_snapshot(self.snapshot(), self.path)
+        return from_snapshot(self.snapshot())
 
     def save(self, path: str | Path) -> None:
         """Write the model atomically; above 2 GB, or when it came with external data, weights go beside it.
@@ -240,21 +244,32 @@ class Model:
         return f"<Model {self.graph.name!r}: {len(self.graph.nodes)} nodes, opset {self.opset}>"
 
 
-def load(source: Source) -> Model:
+def load(source: Source, *, custom_ops: Iterable[str | Path] = ()) -> Model:
     """Return a `Model` of a path, a `ModelProto` or another `Model`, which are left untouched.
 
+    Args:
+        source: what to load.
+        custom_ops: libraries of custom operators that ORT loads when it runs this model; none is ever loaded that is
+            not named here.
+
     Raises:
-        ModelError: missing, damaged, hostile, or not a model that this version understands.
+        ModelError: missing, damaged, hostile, or not a model that this version understands; a library is missing.
     """
     if isinstance(source, Model):
-        return source.copy()
-    if isinstance(source, onnx.ModelProto):
+        model = source.copy()
+    elif isinstance(source, onnx.ModelProto):
         copy = onnx.ModelProto()
         copy.CopyFrom(source)
-        return _build(copy, ModelFile(None), None)
-    path = Path(source)
-    file = ModelFile(path)
-    return _build(file.parse(), file, path)
+        model = _build(copy, ModelFile(None), None)
+    else:
+        path = Path(source)
+        file = ModelFile(path)
+        model = _build(file.parse(), file, path)
+    for library in map(Path, custom_ops):
+        if not library.is_file():
+            raise ModelError("no such library of custom operators", at=str(library), hint="check the path")
+        model.custom_ops += (library,)
+    return model
 
 
 def check_output(path: Path) -> None:
@@ -270,23 +285,25 @@ def _build(proto: onnx.ModelProto, file: ModelFile, path: Path | None) -> Model:
     check_proto(proto, where)
     try:
         graph, functions = Importer(proto, file.resolve).run()
+        model = Model(shell_of(proto, {"graph", "functions"}), graph, functions, path)
+        check_graphs(model.graphs(), functions)
     except ModelError as error:
         if path is not None and (error.at is None or str(path) not in error.at):
             error.at = f"{error.at} in {path}" if error.at else str(path)
         raise
-    model = Model(shell_of(proto, {"graph", "functions"}), graph, functions, path)
-    check_graphs(model.graphs(), functions)
     return model
 
 
-def from_snapshot(snapshot: Snapshot, path: Path | None) -> Model:
+def from_snapshot(snapshot: Snapshot) -> Model:
     """Return a new model equal to the one `snapshot` was taken of."""
 
     def resolve(proto: TensorProto) -> Values:
         return snapshot.weights[int(proto.external_data[0].value)]
 
     graph, functions = Importer(snapshot.proto, resolve).run()
-    return Model(shell_of(snapshot.proto, {"graph", "functions"}), graph, functions, path)
+    model = Model(shell_of(snapshot.proto, {"graph", "functions"}), graph, functions, snapshot.path)
+    model.custom_ops = snapshot.custom_ops
+    return model
 
 
 def value_spec(tensor: gs.Tensor) -> ValueSpec:

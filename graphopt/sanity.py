@@ -94,10 +94,16 @@ def _check_operators(nodes: Iterable[gs.Node], opset: int, functions: set[tuple[
         except onnx.defs.SchemaError as error:
             raise ModelError(
                 f"operator '{node.op}' does not exist in opset {opset}",
-                at=f"node '{node.name}'",
-                hint=did_you_mean(node.op, _operators(opset)) or "a custom operator needs a domain of its own",
+                at=f"node '{node.name or next((t.name for t in node.outputs), '')}'",
+                hint=_operator_hint(node.op, opset),
             ) from error
 
 
-def _operators(opset: int) -> set[str]:
-    return {s.name for s in onnx.defs.get_all_schemas() if not s.domain and s.since_version <= opset}
+def _operator_hint(op: str, opset: int) -> str:
+    """Say which opset has the operator, what else was meant, or what a custom operator needs."""
+    history = [s for s in onnx.defs.get_all_schemas_with_history() if not s.domain]
+    since = [s.since_version for s in history if s.name == op]
+    if since:
+        return f"it came with opset {min(since)}: the model states the wrong one"
+    known = {s.name for s in history if s.since_version <= opset}
+    return did_you_mean(op, known) or "a custom operator needs a domain of its own"

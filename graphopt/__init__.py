@@ -1,12 +1,12 @@
 """graphopt: a compiler for exported ONNX models.
 
-    result = graphopt.optimize("model.onnx")
-    result.save("model.fast.onnx")
+result = graphopt.optimize("model.onnx")
+result.save("model.fast.onnx")
 """
 
 from graphopt.base import Change, Context, Pass, Target
 from graphopt.data import load_samples
-from graphopt.errors import GateMissed, GraphoptError, InputError, InternalError
+from graphopt.errors import GateMissedError, GraphoptError, InputError, InternalError
 from graphopt.inspect import inspect
 from graphopt.model import Model, load
 from graphopt.optimizer import optimize
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Change",
     "Context",
-    "GateMissed",
+    "GateMissedError",
     "GraphoptError",
     "InputError",
     "InternalError",

@@ -1,13 +1,13 @@
 """Everything graphopt raises on purpose.
 
-    GraphoptError          the user can do something about it; carries an exit code
-      InputError     (2)   what the user gave is wrong
-        ModelError         the model file or graph
-        DataError          samples, labels, evaluation functions
-        SpecError          pipelines, pass names, options
-        ProviderError      a runtime, provider or extra that is not installed
-      GateMissed     (1)   a gate, target or validation was missed
-    InternalError    (3)   a bug in graphopt; never a GraphoptError
+GraphoptError          the user can do something about it; carries an exit code
+  InputError     (2)   what the user gave is wrong
+    ModelError         the model file or graph
+    DataError          samples, labels, evaluation functions
+    SpecError          pipelines, pass names, options
+    ProviderError      a runtime, provider or extra that is not installed
+  GateMissedError (1)  a gate, target or validation was missed
+InternalError    (3)   a bug in graphopt; never a GraphoptError
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ProviderError(InputError):
     """A runtime, execution provider or optional dependency is missing."""
 
 
-class GateMissed(GraphoptError):
+class GateMissedError(GraphoptError):
     """A gate, target or validation was missed; nothing was written."""
 
     exit_code: ClassVar[int] = 1

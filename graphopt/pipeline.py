@@ -21,7 +21,7 @@ import onnx
 from graphopt import registry, spec, text
 from graphopt.base import Change, Context, Exactness, Pass, Target
 from graphopt.data import Samples
-from graphopt.errors import GateMissed, GraphoptError, ModelError, SpecError
+from graphopt.errors import GateMissedError, GraphoptError, ModelError, SpecError
 from graphopt.importer import paused_gc
 from graphopt.model import Model, Snapshot, Source, from_snapshot, load
 from graphopt.order import sort_nodes
@@ -90,7 +90,7 @@ class Result:
         self.model.save(path)
 
 
-class StopPipelineError(GateMissed):
+class StopPipelineError(GateMissedError):
     """A pass failed and `on_failure` is `stop`."""
 
 
@@ -288,7 +288,7 @@ class Run:
 
     def _roll_back(self, step: Pass, record: PassRecord, error: Exception) -> None:
         failed = self.model
-        self.model = from_snapshot(self.snapshot, failed.path)
+        self.model = from_snapshot(self.snapshot)
         record.status = "rolled back"
         expected = isinstance(error, GraphoptError)
         record.failure = str(error) if expected else f"{type(error).__name__}: {error}"
@@ -309,7 +309,7 @@ class Run:
         checked = self.reference.check(self.model, exactness=self.exactness)
         self.report.samples = self.reference.description
         if checked.ok or self.settings.verify == "each" or self.settings.limit is not None:
-            self.report.verification = checked.to_dict()
+            self._conclude(checked)
             return
         self.model = self.original.copy()
         self.snapshot = self.model.snapshot()
@@ -318,7 +318,16 @@ class Run:
         self.report.passes.clear()
         self.settings = Settings(**{**vars(self.settings), "verify": "each"})
         self._steps(self.pipeline.steps)
-        self.report.verification = self.reference.check(self.model, exactness=self.exactness).to_dict()
+        self._conclude(self.reference.check(self.model, exactness=self.exactness))
+
+    def _conclude(self, checked: Validation) -> None:
+        self.report.verification = checked.to_dict()
+        if not checked.ok:
+            raise GateMissedError(
+                "the result does not give the original's outputs: " + "; ".join(checked.failures),
+                at=where_it_begins(checked),
+                hint="--bisect finds the change; if the original differs from itself, give other samples (--data)",
+            )
 
 
 def _free_weights(old: Snapshot, new: Snapshot) -> None:
@@ -339,7 +348,10 @@ def make_reference(model: Model, samples: Samples | None, settings: Settings) ->
     from graphopt.data import load_samples  # noqa: PLC0415
 
     feeds = samples if samples is not None else load_samples(None, model, seed=settings.seed)
-    return Reference(model, feeds, threads=settings.target.threads, provider=settings.target.provider)
+    reference = Reference(model, feeds, threads=settings.target.threads, provider=settings.target.provider)
+    for mode in reference.modes:  # an original that does not load is the user's to know, not a pass's fault
+        reference.session(mode)
+    return reference
 
 
 def same_snapshot(a: Snapshot, b: Snapshot) -> bool:

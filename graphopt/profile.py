@@ -135,7 +135,6 @@ def per_node(
     runs: int = 20,
     warmup: int = 3,
     seed: int = 0,
-    custom_ops: Sequence[Path] = (),
 ) -> Profile:
     """Return how long each node of the model takes in ORT with all optimisations.
 
@@ -147,7 +146,6 @@ def per_node(
         runs: profiled runs (fewer for models of very many nodes).
         warmup: runs before those, not counted.
         seed: of random feeds.
-        custom_ops: libraries of custom operators to load.
 
     Raises:
         ModelError: ORT refuses the model.
@@ -164,9 +162,7 @@ def per_node(
         # providers that compile whole subgraphs leave nothing that ORT could write
         readable = provider in _READABLE and copy.weight_bytes() <= INLINE_LIMIT
         path = Path(folder) / "optimized.onnx" if readable else None
-        session = Session(
-            copy, threads=threads, provider=provider, profile=True, custom_ops=custom_ops, optimized_path=path
-        )
+        session = Session(copy, threads=threads, provider=provider, profile=True, optimized_path=path)
         optimized = None if path is None else onnx.load(path)
     runs = max(1, min(runs, _MAX_EVENTS // max(1, len(original.labels))))
     for number in range(warmup + runs):
@@ -178,7 +174,7 @@ def per_node(
     )
 
 
-def observe(model: Model, feed: Feeds, *, custom_ops: Sequence[Path] = ()) -> Observation:
+def observe(model: Model, feed: Feeds) -> Observation:
     """Run the model once, as it stands (ORT's rewriting off), and return the shapes and calls seen.
 
     Raises:
@@ -187,7 +183,7 @@ def observe(model: Model, feed: Feeds, *, custom_ops: Sequence[Path] = ()) -> Ob
     """
     copy = load(model)
     named = Trace(copy).named
-    session = Session(copy, optimization="off", profile=True, custom_ops=custom_ops)
+    session = Session(copy, optimization="off", profile=True)
     session.run(feed)
     own = list(model.nodes())
     shapes: dict[int, tuple[int, ...]] = {}

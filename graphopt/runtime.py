@@ -35,6 +35,9 @@ PROVIDERS: Mapping[str, tuple[str, str]] = {
 """Short name -> (ORT's name, the distribution that has it)."""
 
 
+_CUSTOM_HINT = "name the library of its custom operators (--custom-ops), or leave it unrun (--verify off --no-measure)"
+
+
 def _import_ort() -> Any:
     try:
         import onnxruntime  # noqa: PLC0415
@@ -134,7 +137,8 @@ class Session:
         ort = _import_ort()
         name = resolve_provider(provider)
         self._folder: str | None = None
-        options = self._options(ort, optimization, threads, custom_ops)
+        libraries = (*custom_ops, *model.custom_ops) if isinstance(model, Model) else custom_ops
+        options = self._options(ort, optimization, threads, libraries)
         for key, value in (config or {}).items():
             options.add_session_config_entry(key, value)
         if optimized_path is not None:
@@ -148,7 +152,9 @@ class Session:
                 self._source(model, extra_outputs), sess_options=options, providers=[name]
             )
         except ort_errors() as error:
-            raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}", at=where) from error
+            text = _first_line(error)
+            hint = _CUSTOM_HINT if "not a registered function" in text else None
+            raise ModelError(f"ONNX Runtime refuses the model: {text}", at=where, hint=hint) from error
         if name not in self._session.get_providers():
             raise ProviderError(
                 f"ONNX Runtime could not load provider '{provider}'; it runs {self._session.get_providers()[0]}",
@@ -170,8 +176,11 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        for library in custom_ops:
-            options.register_custom_ops_library(str(library))
+        for library in dict.fromkeys(custom_ops):
+            try:
+                options.register_custom_ops_library(str(library))
+            except ort_errors() as error:
+                raise ModelError(f"not a library of custom operators: {_first_line(error)}", at=str(library)) from error
         return options
 
     def _temporary(self) -> str:

@@ -162,7 +162,6 @@ def bench(
     seed: int = 0,
     confidence: float = 0.95,
     memory: bool = False,
-    custom_ops: Sequence[Path] = (),
 ) -> Bench:
     """Time two models against each other.
 
@@ -181,7 +180,6 @@ def bench(
         seed: of the order of runs, the bootstrap and random feeds.
         confidence: level of the interval.
         memory: also measure peak memory, each model in a process of its own.
-        custom_ops: libraries of custom operators to load.
 
     Raises:
         ModelError: ORT refuses a model.
@@ -196,6 +194,7 @@ def bench(
         plan = Plan(rounds, warmup=warmup, min_time=min_time, precision=None)
     started = time.perf_counter()
     feeds, description = _feeds(a, samples, seed)
+    custom_ops = custom_libraries(a, b)
     with _on_disk((a, b)) as paths:
         timer = _Timer(paths, feeds, plan, seed, threads=threads, provider=provider, custom_ops=custom_ops)
         record = timer.run(confidence)
@@ -220,7 +219,6 @@ def quick_ratio(
     provider: str = "cpu",
     seed: int = 0,
     confidence: float = 0.95,
-    custom_ops: Sequence[Path] = (),
 ) -> Ratio:
     """Return the ratio b/a from a short measurement of about `budget_s` seconds, loading not counted.
 
@@ -228,6 +226,7 @@ def quick_ratio(
     """
     plan = Plan(rounds=6, round_seconds=budget_s / 6, precision=None)
     feeds, _ = _feeds(a, samples, seed)
+    custom_ops = custom_libraries(a, b)
     with _on_disk((a, b)) as paths:
         timer = _Timer(paths, feeds, plan, seed, threads=threads, provider=provider, custom_ops=custom_ops)
         record = timer.run(confidence)
@@ -331,6 +330,11 @@ def _shapes(feeds: Sequence[Feeds]) -> str:
 
     distinct = list(dict.fromkeys(one(feed) for feed in feeds))
     return "; ".join(distinct[:3]) + (f" and {len(distinct) - 3} more shapes" if len(distinct) > 3 else "")
+
+
+def custom_libraries(*models: Runnable) -> tuple[Path, ...]:
+    """Return the libraries of custom operators that were named for these models."""
+    return tuple(dict.fromkeys(library for m in models if isinstance(m, Model) for library in m.custom_ops))
 
 
 @contextmanager

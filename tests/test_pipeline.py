@@ -17,7 +17,7 @@ import graphopt
 from graphopt import Change, Context, Pass, Pipeline, Settings
 from graphopt.data import load_samples
 from graphopt.edit import Edit
-from graphopt.errors import SpecError
+from graphopt.errors import ModelError, SpecError
 from graphopt.pipeline import StopPipelineError, bisect
 from graphopt.registry import register
 
@@ -261,3 +261,22 @@ def test_a_wrong_output_shape_in_the_input_is_no_fault_of_a_pass() -> None:
     result = graphopt.optimize(model, measure=False)
     assert not result.report.failures
     assert ops(result.proto) == ["Reshape", "Relu"]
+
+
+CUSTOM = """
+    <ir_version: 8, opset_import: ["": 17, "my.ops": 1]>
+    custom (float[N, 4] x) => (float[N, 4] y) { a = Identity(x)  b = my.ops.Twist(a)  y = Relu(b) }
+"""
+
+
+def test_custom_operators_are_kept_and_not_run_unless_their_library_is_named(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(CUSTOM)
+    with pytest.raises(ModelError, match="not a registered function") as caught:
+        graphopt.optimize(model)
+    assert "--custom-ops" in str(caught.value.hint)
+    assert ops(graphopt.optimize(model, measure=False, verify="off").proto) == ["Twist", "Relu"]
+    with pytest.raises(ModelError, match="no such library"):
+        graphopt.load(model, custom_ops=[tmp_path / "none.so"])
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(ModelError, match="not a library of custom operators"):
+        graphopt.optimize(graphopt.load(model, custom_ops=[tmp_path / "text.so"]))

@@ -31,9 +31,7 @@ def sort_nodes(graph: gs.Graph) -> bool:
         ModelError: the graph has a cycle.
     """
     producer = {id(t): i for i, node in enumerate(graph.nodes) for t in node.outputs if t.name}
-    needs: list[set[int]] = [
-        {producer[id(t)] for t in used_tensors(node) if id(t) in producer} for node in graph.nodes
-    ]
+    needs: list[set[int]] = [{producer[id(t)] for t in used_tensors(node) if id(t) in producer} for node in graph.nodes]
     if all(not n or max(n) < i for i, n in enumerate(needs)):
         return False
     feeds: list[list[int]] = [[] for _ in graph.nodes]
@@ -53,8 +51,6 @@ def sort_nodes(graph: gs.Graph) -> bool:
                 heapq.heappush(ready, j)
     if len(order) < len(graph.nodes):
         stuck = [graph.nodes[i].name or graph.nodes[i].op for i, count in enumerate(missing) if count > 0]
-        raise ModelError(
-            "the graph has a cycle", at=f"among nodes {', '.join(stuck[:5])}", hint="the model is damaged"
-        )
+        raise ModelError("the graph has a cycle", at=f"among nodes {', '.join(stuck[:5])}", hint="the model is damaged")
     graph.nodes[:] = [graph.nodes[i] for i in order]
     return True

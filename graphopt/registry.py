@@ -47,9 +47,7 @@ def register(cls: PassClass) -> PassClass:
             "a pass must be a frozen dataclass", at=where, hint="put @dataclass(frozen=True) below @register"
         )
     if not _has_docstring(cls):
-        raise SpecError(
-            "a pass needs a docstring", at=where, hint="its first line says what it does to the graph"
-        )
+        raise SpecError("a pass needs a docstring", at=where, hint="its first line says what it does to the graph")
     if not isinstance(cls.name, str) or not _NAME.fullmatch(cls.name):
         raise SpecError(
             f"{cls.name!r} is not a pass name",
@@ -125,9 +123,7 @@ def _load_entry_points() -> None:
         key = f"{entry.name}={entry.value}"
         if key in _loaded:
             continue
-        with _explained(
-            f"entry point '{entry.name}' ({entry.value})", "upgrade or uninstall the package that has it"
-        ):
+        with _explained(f"entry point '{entry.name}' ({entry.value})", "upgrade or uninstall the package that has it"):
             thing = entry.load()
             if isinstance(thing, type) and issubclass(thing, Pass):
                 register(thing)
@@ -159,9 +155,7 @@ def load_plugin(path: str | Path) -> list[str]:
     prefix = modules[0].__name__.partition(".")[0]
     names = sorted(n for n, c in _passes.items() if c.__module__.partition(".")[0] == prefix)
     if not names:
-        raise SpecError(
-            "the plugin registers no pass", at=str(path), hint="put @graphopt.register above its classes"
-        )
+        raise SpecError("the plugin registers no pass", at=str(path), hint="put @graphopt.register above its classes")
     _plugins[path] = (state, names)
     return list(names)
 
@@ -243,6 +237,4 @@ def _explained(where: str, hint: str | None = None) -> Iterator[None]:
         )
         if "relative import" in str(error):
             hint = "files that import each other are loaded by giving their folder as the plugin"
-        raise SpecError(
-            f"the plugin fails to load: {type(error).__name__}: {error}", at=place, hint=hint
-        ) from error
+        raise SpecError(f"the plugin fails to load: {type(error).__name__}: {error}", at=place, hint=hint) from error

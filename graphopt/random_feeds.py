@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,26 @@ import numpy as np
 from graphopt.analysis.dims import Dims, Sizes, plans, variations
 from graphopt.analysis.inputs import InputUses
 from graphopt.data import Feeds, Samples, fits
-from graphopt.errors import DataError, ModelError, did_you_mean
+from graphopt.errors import DataError, did_you_mean
 from graphopt.importer import origin
 from graphopt.model import Model, ValueSpec
-from graphopt.random_values import STYLES, Filler, Shape
+from graphopt.random_values import SMOOTH, STYLES, Filler, Shape
 from graphopt.runtime import Session
 from graphopt.tensors import is_float, numpy_dtype
 
 COUNT = 2
-"""Feeds that are made: two, so that dynamic dimensions take two sizes and control inputs both ways."""
+"""Feeds that are made: two, so that dynamic dimensions take two sizes, and signals that are rough and smooth."""
+
+MAX_WAYS = 4
+"""At most this many ways that a control input can choose are taken, each with a rough and a smooth signal."""
 
 MAX_TRIES = 160
 MAX_SECONDS = 60.0
 """How long sizes and values are tried, per feed."""
 
 SEQUENCE_LENGTH = 3
+
+_TURNED = {"normal": SMOOTH, SMOOTH: "normal"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Choice:
 
 
 def random_feeds(
-    model: Model, *, seed: int = 0, shapes: Mapping[str, Sequence[int]] | None = None, count: int = COUNT
+    model: Model, *, seed: int = 0, shapes: Mapping[str, Sequence[int]] | None = None, count: int | None = None
 ) -> Samples:
     """Return `count` random feeds for a model, the same for the same seed.
 
@@ -54,7 +60,7 @@ def random_feeds(
         model: what they are for; sizes and values are tried on it when the feeds are first iterated.
         seed: of all values.
         shapes: input name -> shape; what it leaves open is chosen.
-        count: how many feeds.
+        count: how many feeds; None for two, or two for each way that a control input can choose.
 
     Raises:
         DataError: `shapes` does not fit the model; when iterated: no shape and no values were found that it runs on.
@@ -65,9 +71,13 @@ def random_feeds(
 class _RandomSamples(Samples):
     """Feeds made anew on every pass."""
 
-    def __init__(self, maker: _Maker, count: int) -> None:
-        super().__init__(lambda: (maker.feed(i) for i in range(count)), "", random=True)
-        self._maker, self._count = maker, count
+    def __init__(self, maker: _Maker, count: int | None) -> None:
+        super().__init__(lambda: (maker.feed(i) for i in range(self._count)), "", random=True)
+        self._maker, self._given = maker, count
+
+    @property
+    def _count(self) -> int:
+        return self._maker.count if self._given is None else self._given
 
     @property
     def description(self) -> str:
@@ -106,26 +116,47 @@ class _Maker:
         self.model = model
         self.seed = seed
         self.given = shapes
-        self.uses: InputUses | None = None
-        self.dims: Dims | None = None
         self.choices: dict[int, Choice] = {}
         self._session: Session | None = None
         self._error = ""
 
+    @cached_property
+    def uses(self) -> InputUses:
+        """What the inputs are used for."""
+        return InputUses(self.model)
+
+    @cached_property
+    def dims(self) -> Dims:
+        """The dynamic dimensions."""
+        return Dims.of(self.model, self.uses, self.given)
+
+    @cached_property
+    def ways(self) -> int:
+        """How many ways the inputs that choose what the graph does can choose; 1 without such inputs."""
+        found = 1
+        for use in self.uses.by_name.values():
+            if use.constants:
+                found = max(found, 2, len(set(use.constants)))
+            if any(control.kind == "condition" for control in use.controls):
+                found = max(found, 2)
+        return min(found, MAX_WAYS)
+
+    @property
+    def count(self) -> int:
+        """How many feeds are made."""
+        return COUNT if self.ways == 1 else 2 * self.ways
+
     def feed(self, index: int) -> Feeds:
         """Return the feed of that number."""
-        if self.uses is None or self.dims is None:
-            self.uses = InputUses(self.model)
-            self.dims = Dims.of(self.model, self.uses, self.given)
         if index not in self.choices:
             self.choices[index] = self._choose(index)
-            if index == COUNT - 1:
+            if index == self.count - 1:
                 self._session = None
         return self._make(index, self.choices[index])
 
     def shapes_text(self) -> str:
         """Return the shapes chosen so far, for inputs with dynamic dimensions."""
-        if self.dims is None or not self.dims.names:
+        if not self.choices or not self.dims.names:
             return ""
         texts = []
         for choice in self.choices.values():
@@ -135,8 +166,6 @@ class _Maker:
         return f"; {', then '.join(dict.fromkeys(texts))}" if texts else ""
 
     def _make(self, index: int, choice: Choice) -> Feeds:
-        assert self.uses is not None
-        assert self.dims is not None
         shapes = self.dims.shapes(choice.sizes)
         planned = {id(t): shapes[t.name] for t in self.model.graph.inputs if t.name in shapes}
         rng = np.random.default_rng([self.seed, index])
@@ -158,7 +187,6 @@ class _Maker:
     def _structured(self, spec: ValueSpec, tensor: Any, filler: Filler) -> Any:
         """Return a value for a sequence or optional input."""
         info = origin(tensor)
-        assert self.uses is not None
         made = _of_type(info.type, spec.name, filler, self.uses)
         if made is None and spec.kind not in ("optional", "sequence"):
             raise DataError(
@@ -180,27 +208,21 @@ class _Maker:
         if 0 not in self.choices:
             self.choices[0] = self._choose(0)
         first = self.choices[0]
-        assert self.dims is not None
-        if index >= COUNT:
-            return replace(self.choices.get(index % COUNT, first), variant=index)
+        searched = max(COUNT, self.ways)
+        if index >= searched:
+            other = self.choices.get(index % searched, first)
+            return replace(other, style=_TURNED.get(other.style, other.style))
+        style = _TURNED.get(first.style, first.style) if index % 2 else first.style
         others = list(variations(self.dims, first.sizes))
-        preferred = [first.style, *(s for s in STYLES if s != first.style)]
         attempts = [(sizes, variant) for variant in (index, 0) for sizes in (*others, first.sizes)]
-        if self._takes_turns():
+        if self.ways > 1:
             attempts = [
                 *((sizes, index) for sizes in (*others, first.sizes, *itertools.islice(self._plans(), 40))), *attempts
             ]  # fmt: skip
-        found = self._first_good(index, attempts, preferred[:1])
+        found = self._first_good(index, attempts, [style])
         return found if found is not None else replace(first, variant=0)
 
-    def _takes_turns(self) -> bool:
-        """Tell whether some input chooses what the graph does."""
-        assert self.uses is not None
-        uses = self.uses.by_name.values()
-        return any(u.constants or any(c.kind == "condition" for c in u.controls) for u in uses)
-
     def _plans(self) -> Iterator[Sizes]:
-        assert self.dims is not None
         return plans(self.dims)
 
     def _first_good(
@@ -248,7 +270,6 @@ class _Maker:
         return 2 if all(_is_sound(value) for value in outputs.values()) else 1
 
     def _no_feeds(self) -> DataError:
-        assert self.dims is not None
         open_dims = [n for n, dims in self.dims.inputs.items() if any(isinstance(d, str) for d in dims)]
         inputs = ", ".join(str(spec) for spec in self.model.inputs)
         hint = "give samples with --data"
@@ -275,6 +296,3 @@ def _of_type(proto: Any, name: str, filler: Filler, uses: InputUses) -> Any:
     if kind == "optional_type":
         return _of_type(proto.optional_type.elem_type, name, filler, uses)
     return None
-
-
-__all__ = ["ModelError", "random_feeds"]

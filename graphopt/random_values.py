@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from scipy import ndimage
 
 from graphopt.analysis.inputs import Control, InputUse
 from graphopt.analysis.shapes import Shapes
@@ -20,6 +21,13 @@ Shape: TypeAlias = tuple[int, ...]
 STYLES = ("normal", "fractions", "small", "ones", "zeros")
 """How free inputs are filled, in the order they are tried: floats standard normal or in 0..1, integers below 10 or
 0 and 1, then all ones, all zeros."""
+
+SMOOTH = "smooth"
+"""Like `normal`, but floats vary slowly, as images and sounds do: networks answer to that with larger activations, and
+limits and thresholds show that white noise never reaches."""
+
+SMOOTH_AXIS = 8
+"""Axes shorter than this are not smoothed."""
 
 DEFAULT_LENGTH = 16
 """Of windows and other outputs whose length an input sets and nothing else tells."""
@@ -35,7 +43,7 @@ class Filler:
         shapes: types inferred in the graph.
         planned: the shapes chosen for the inputs.
         rng: the source of all randomness.
-        style: one of `STYLES`.
+        style: one of `STYLES`, or `SMOOTH`.
         variant: the number of the feed; what controls the graph takes turns with it.
     """
 
@@ -96,9 +104,33 @@ class Filler:
         if dtype.kind == "c":
             return (self.rng.standard_normal(shape) + 1j * self.rng.standard_normal(shape)).astype(dtype)
         if is_float(dtype):
+            if self.style == SMOOTH:
+                return smooth_noise(self.rng, shape).astype(dtype)
             drawn = self.rng.standard_normal(shape) if self.style == "normal" else self.rng.random(shape)
             return np.asarray(drawn).astype(dtype)
         return self.rng.integers(0, 2 if self.style == "small" else 10, shape).astype(dtype)
+
+
+def smooth_noise(rng: np.random.Generator, shape: Shape) -> Array:
+    """Return noise of unit power that varies slowly along the axes of space or time; white where there are none.
+
+    Two scales, an eighth and a thirty-second of the axis, and a little white noise.
+    """
+    noise = rng.standard_normal(shape)
+    axes = [a for a in range(max(1, len(shape) - 3), len(shape)) if shape[a] >= SMOOTH_AXIS]
+    axes = axes[-2:] if len(shape) >= 4 else axes[-1:]
+    if not axes:
+        return noise
+    total = 0.3 * noise
+    for part in (8, 32):
+        sigma = [shape[a] / part if a in axes else 0.0 for a in range(len(shape))]
+        field = ndimage.gaussian_filter(rng.standard_normal(shape), sigma, mode="wrap")
+        total += field / _rms(field)
+    return np.asarray(total / _rms(total))
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values)))) or 1.0
 
 
 Make: TypeAlias = "Callable[[Filler, Control, Shape, np.dtype[Any]], Any]"

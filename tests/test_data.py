@@ -389,7 +389,7 @@ class TestRandom:
         model = model_of(
             nodes, [("x", FLOAT, [4]), ("rate", INT64, [])], [("y", FLOAT, [4])], {"wanted": np.int64(16000)}
         )
-        assert [int(f["rate"]) for f in load_samples(None, model)] == [16000, 8000]
+        assert [int(f["rate"]) for f in load_samples(None, model)] == [16000, 8000, 16000, 8000]
 
     def test_sizes_are_found_by_trying(self) -> None:
         """A Reshape that wants the number of pixels to be a multiple of 240."""

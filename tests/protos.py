@@ -234,7 +234,7 @@ def functions(draw: Draw, name: str) -> onnx.FunctionProto:
 
 @st.composite
 def models(draw: Draw) -> onnx.ModelProto:
-    out = onnx.ModelProto(ir_version=draw(st.sampled_from([3, 4, 8, 10, 13])))
+    out = onnx.ModelProto(ir_version=draw(st.sampled_from([3, 4, 8, 10, onnx.IR_VERSION])))
     out.graph.CopyFrom(draw(graphs([], 0, ir_version=out.ir_version)))
     out.opset_import.extend([helper.make_opsetid("", 18), helper.make_opsetid("my.domain", 2)])
     for field in ("producer_name", "producer_version", "domain"):

@@ -24,7 +24,7 @@ from graphopt.analysis.constants import Unknown, array_of, parameter, refers
 from graphopt.analysis.foldable import Group, Refused
 from graphopt.analysis.region import Region, extract
 from graphopt.base import Change, Context, Pass
-from graphopt.edit import Edit, become_constant, drop_declared, label
+from graphopt.edit import Edit, become_constant, drop_declared, label, nested_graphs
 from graphopt.errors import GraphoptError
 from graphopt.ops import is_standard
 from graphopt.registry import register
@@ -83,7 +83,7 @@ class _Folder:
     def fold(self, graph: gs.Graph) -> Iterator[Change]:
         """Fold until nothing more can be: sizes that depend on values are known once those are folded."""
         failed: dict[int, Refused] = {}
-        ends = {id(t) for g in self.ctx.model.graphs() for t in g.outputs}
+        ends = {id(t) for g in (graph, *nested_graphs(graph.nodes)) for t in g.outputs}
         while True:
             nodes = foldable.find(graph, failed)
             if all(n.op == "Constant" for n in nodes):

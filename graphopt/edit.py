@@ -112,6 +112,7 @@ class Edit:
     def remove(self, node: gs.Node) -> None:
         """Take a node out, with its subgraphs; its outputs must not be used any more when the sweep comes."""
         self._gone[id(node)] = node
+        self._gone.update((id(n), n) for inner in nested_graphs([node]) for n in inner.nodes)
 
     def adopt(self, nodes: Iterable[gs.Node]) -> None:
         """Treat nodes as standing in this graph: `insert_after` will put them there."""

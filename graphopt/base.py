@@ -14,8 +14,8 @@ from graphopt.errors import SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from graphopt.analysis.shapes import Shapes
-    from graphopt.data import Samples
     from graphopt.model import Model
+    from graphopt.samples import Samples
 
 Exactness = Literal["exact", "lossy"]
 Evaluate = Callable[[onnx.ModelProto, Mapping[str, Any], Sequence[str] | None], dict[str, Any]]

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.data import Samples
 from graphopt.model import load
 from graphopt.optimizer import optimize
 from graphopt.pipeline import Result
 from graphopt.runtime import Session
+from graphopt.samples import Samples
 
 IMAGES = 32
 

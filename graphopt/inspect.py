@@ -19,13 +19,14 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis.constants import node_values
 from graphopt.analysis.cost import Costs, Sizes, costs
 from graphopt.analysis.shapes import Shapes
-from graphopt.data import Feeds, Spec, load_samples
+from graphopt.data import Spec, load_samples
 from graphopt.errors import DataError, GraphoptError
 from graphopt.exporter import untouched
 from graphopt.model import Model, Source, ValueSpec, load
 from graphopt.ops import STANDARD_DOMAINS, is_standard
 from graphopt.profile import observe
 from graphopt.random_feeds import checked_shapes
+from graphopt.samples import Feeds
 from graphopt.tensors import LazyTensor
 
 

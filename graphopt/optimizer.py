@@ -10,10 +10,11 @@ from typing import Any
 
 from graphopt import environment
 from graphopt.base import Target
-from graphopt.data import Samples, load_samples
+from graphopt.data import load_samples
 from graphopt.errors import SpecError
 from graphopt.model import Model, Source, load
 from graphopt.pipeline import OnFailure, Pipeline, Result, Settings, Verify
+from graphopt.samples import Samples
 from graphopt.timing import Ratio, quick_ratio
 
 DEFAULT_OPSET = 17

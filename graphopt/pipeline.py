@@ -20,7 +20,7 @@ import onnx
 
 from graphopt import registry, spec, text
 from graphopt.base import Change, Context, Exactness, Pass, Target
-from graphopt.data import Samples
+from graphopt.data import load_samples
 from graphopt.errors import GateMissedError, GraphoptError, ModelError, SpecError
 from graphopt.importer import paused_gc
 from graphopt.model import Model, Snapshot, Source, from_snapshot, load
@@ -28,6 +28,7 @@ from graphopt.order import sort_nodes
 from graphopt.report import PassRecord, Report, Size
 from graphopt.reproducer import save_reproducer
 from graphopt.runtime import evaluate
+from graphopt.samples import Samples
 from graphopt.structure import Structure
 from graphopt.validate import Reference, Validation
 
@@ -345,8 +346,6 @@ def where_it_begins(checked: Validation) -> str | None:
 
 def make_reference(model: Model, samples: Samples | None, settings: Settings) -> Reference:
     """Return the original's outputs on `samples`, random feeds when there are none."""
-    from graphopt.data import load_samples  # noqa: PLC0415
-
     feeds = samples if samples is not None else load_samples(None, model, seed=settings.seed)
     reference = Reference(model, feeds, threads=settings.target.threads, provider=settings.target.provider)
     for mode in reference.modes:  # an original that does not load is the user's to know, not a pass's fault

@@ -1,9 +1,9 @@
 """Random feeds for a model that nobody gave data for: shapes that it accepts, values that it can use.
 
 What the graph tells is used (`analysis.inputs`): index ranges, weights that fix a size, numbers that an input is
-compared with.  The rest is tried: candidate sizes, then other values, each on the model in ORT, until it runs
-and gives finite, non-empty outputs.  Every feed takes another shape where the model has dynamic dimensions, and
-another branch where an input chooses one.
+compared with.  The rest is tried: candidate sizes, then other values, each on the model in ORT, until it runs and
+gives outputs that are finite, not empty, and not all 0 or 1 after a softmax or sigmoid.  Every feed takes another
+shape where the model has dynamic dimensions, and another branch where an input chooses one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import numpy as np
 
 from graphopt.analysis.dims import Dims, Sizes, plans, variations
 from graphopt.analysis.inputs import InputUses
-from graphopt.data import Feeds, Samples, fits
+from graphopt.analysis.outputs import probability_outputs, saturated
 from graphopt.errors import DataError, did_you_mean
 from graphopt.importer import origin
 from graphopt.model import Model, ValueSpec
 from graphopt.random_values import SMOOTH, STYLES, Filler, Shape
 from graphopt.runtime import Session
+from graphopt.samples import Feeds, Samples, fits
 from graphopt.tensors import is_float, numpy_dtype
 
 COUNT = 2
@@ -131,6 +132,11 @@ class _Maker:
         return Dims.of(self.model, self.uses, self.given)
 
     @cached_property
+    def makers(self) -> dict[str, str]:
+        """Outputs that are probabilities, and what makes them."""
+        return probability_outputs(self.model)
+
+    @cached_property
     def ways(self) -> int:
         """How many ways the inputs that choose what the graph does can choose; 1 without such inputs."""
         found = 1
@@ -219,7 +225,7 @@ class _Maker:
             attempts = [
                 *((sizes, index) for sizes in (*others, first.sizes, *itertools.islice(self._plans(), 40))), *attempts
             ]  # fmt: skip
-        found = self._first_good(index, attempts, [style])
+        found = self._first_good(index, attempts, list(dict.fromkeys([style, first.style])))
         return found if found is not None else replace(first, variant=0)
 
     def _plans(self) -> Iterator[Sizes]:
@@ -259,7 +265,7 @@ class _Maker:
         return poor
 
     def _quality(self, index: int, choice: Choice) -> int:
-        """Return 0 if ORT refuses the feed, 1 if outputs are empty or not finite, 2 if all is well."""
+        """Return 0 if ORT refuses the feed, 1 if outputs are empty, not finite or saturated, 2 if all is well."""
         if self._session is None:
             self._session = Session(self.model, optimization="off")
         try:
@@ -267,7 +273,7 @@ class _Maker:
         except (DataError, ValueError) as error:
             self._error = self._error or (error.what if isinstance(error, DataError) else str(error))
             return 0
-        return 2 if all(_is_sound(value) for value in outputs.values()) else 1
+        return 2 if all(_is_sound(value, self.makers.get(name, "")) for name, value in outputs.items()) else 1
 
     def _no_feeds(self) -> DataError:
         open_dims = [n for n, dims in self.dims.inputs.items() if any(isinstance(d, str) for d in dims)]
@@ -278,10 +284,12 @@ class _Maker:
         return DataError(f"no random feed was found that the model runs on: {self._error}", at=inputs, hint=hint)
 
 
-def _is_sound(value: Any) -> bool:
-    if not isinstance(value, np.ndarray):
+def _is_sound(value: Any, maker: str) -> bool:
+    if not isinstance(value, np.ndarray) or value.dtype.kind == "O":
         return True
-    return value.size > 0 and not (is_float(value.dtype) and not np.isfinite(value.astype(np.float64)).all())
+    if value.size == 0 or (is_float(value.dtype) and not np.isfinite(value.astype(np.float64)).all()):
+        return False
+    return not maker or not saturated(maker, value)
 
 
 def _of_type(proto: Any, name: str, filler: Filler, uses: InputUses) -> Any:

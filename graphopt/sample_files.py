@@ -17,9 +17,9 @@ import onnx
 from numpy.lib import format as npy
 from onnx import TensorProto, numpy_helper
 
-from graphopt.data import Feeds, Samples, fits
 from graphopt.errors import DataError, did_you_mean
 from graphopt.model import ValueSpec
+from graphopt.samples import Feeds, Samples, fits
 
 MAX_RATIO = 1100
 """deflate cannot expand further (1032 times): an archive that claims more lies about its sizes."""

@@ -17,13 +17,14 @@ import numpy as np
 
 from graphopt.analysis.outputs import compute_precision, probability_outputs
 from graphopt.compare import Comparison, OutputComparison, Tolerance, adapted, floor_tolerance, widened
-from graphopt.data import Feeds, Samples, load_function, load_samples
+from graphopt.data import load_function, load_samples
 from graphopt.errors import DataError, ModelError
 from graphopt.locate import Location
 from graphopt.locate import locate as run_locate
 from graphopt.metric import Evaluation, evaluate_pair
 from graphopt.model import Model, Source, ValueSpec, load
 from graphopt.runtime import Optimization, Session
+from graphopt.samples import Feeds, Samples
 
 Exactness = Literal["exact", "lossy"]
 

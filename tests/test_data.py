@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from graphopt.data import Samples, load_function, load_samples
+from graphopt.data import load_function, load_samples
 from graphopt.errors import DataError
 from graphopt.model import Model, load
 from graphopt.runtime import Session
+from graphopt.samples import Samples
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 

@@ -13,10 +13,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import environment, memory
-from graphopt.data import Samples
 from graphopt.errors import DataError, ModelError, SpecError
 from graphopt.model import load
 from graphopt.ratio import Ratio, paired
+from graphopt.samples import Samples
 from graphopt.timing import Plan, _Record, _Timer, bench, quick_ratio
 
 Rows = list[npt.NDArray[np.float64]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -16,6 +18,9 @@ _KEEPS_PROBABILITIES = frozenset({
 })  # fmt: skip
 """Their first output holds values, or means, of their first input."""
 
+SATURATION = 1e-3
+"""How near to 0 or 1 all probabilities of an output must be for it to say nothing (softmax: a hundredth of it)."""
+
 _HALF = {np.dtype(np.float16): 2.0**-10, np.dtype(ml_dtypes.bfloat16): 2.0**-7}
 
 
@@ -23,6 +28,13 @@ def probability_outputs(model: Model) -> dict[str, str]:
     """Return the outputs that a `softmax` or `sigmoid` makes, also in a branch of an If, with which it is."""
     found = {tensor.name: _maker(tensor) for tensor in model.graph.outputs}
     return {name: maker for name, maker in found.items() if maker}
+
+
+def saturated(maker: str, values: np.ndarray[Any, Any]) -> bool:
+    """Tell whether probabilities that a `softmax` or `sigmoid` made are all 0 or 1, so that errors hide in them."""
+    if values.size == 0 or maker == "softmax":
+        return bool(values.size and values.ndim and values.max(axis=-1).min() > 1 - SATURATION / 100)
+    return bool(values.max() < SATURATION or values.min() > 1 - SATURATION)
 
 
 def _maker(tensor: gs.Tensor) -> str:

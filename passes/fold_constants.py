@@ -12,7 +12,7 @@ take more, those that make the most of the least (Expand, ConstantOfShape, Tile 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +24,7 @@ from graphopt.analysis.constants import Unknown, array_of, parameter, refers
 from graphopt.analysis.foldable import Group, Refused
 from graphopt.analysis.region import Region, extract
 from graphopt.base import Change, Context, Pass
-from graphopt.edit import Edit, become_constant, drop_declared, label, nested_graphs
+from graphopt.edit import Edit, become_constant, drop_declared, label
 from graphopt.errors import GraphoptError
 from graphopt.ops import is_standard
 from graphopt.registry import register
@@ -55,11 +55,18 @@ class FoldConstants(Pass):
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose one change per tensor that becomes constant."""
         folder = _Folder(ctx, self.max_growth)
-        for current in list(ctx.model.graphs()):
-            if current is not graph and ctx.model.ir_version < 4 and not isinstance(current, gs.Function):
-                continue  # subgraphs have no initializers there
-            yield from _known_shapes(current, ctx)
-            yield from folder.fold(current)
+        again = True
+        while again:  # what is folded may tell shapes, and those what can be folded
+            again = False
+            folder.start()
+            for current in list(ctx.model.graphs()):
+                if current is not graph and ctx.model.ir_version < 4 and not isinstance(current, gs.Function):
+                    continue  # subgraphs have no initializers there
+                again |= yield from _known_shapes(current, ctx)
+                again |= yield from folder.fold(current)
+            ctx.forget()
+        for node, reason in folder.refused:
+            yield Change(label(node), f"fold {node.op}", reason)
         folder.drop_unused()
 
 
@@ -71,8 +78,15 @@ class _Folder:
         self.max_growth = max_growth
         self.largest = max(_LARGEST, ctx.original_bytes)
         self.sources: dict[int, gs.Constant] = {}
+        self.refused: list[Refused] = []
+        self.ends = {id(t) for g in ctx.model.graphs() for t in g.outputs}
         self._size: int | None = None
         self._pending = 0
+
+    def start(self) -> None:
+        """Begin a round over all graphs."""
+        self.refused.clear()
+        self._size, self._pending = None, 0
 
     def room(self) -> float:
         """Return how many bytes the file may still grow by; its size is taken when this is first asked."""
@@ -80,36 +94,39 @@ class _Folder:
             self._size = self.ctx.model.emitted_bytes()
         return (self.ctx.original_bytes or self._size) * (1 + self.max_growth) - self._size - self._pending
 
-    def fold(self, graph: gs.Graph) -> Iterator[Change]:
-        """Fold until nothing more can be: sizes that depend on values are known once those are folded."""
+    def fold(self, graph: gs.Graph) -> Generator[Change, None, bool]:
+        """Fold until nothing more can be: sizes that depend on values are known once those are folded.
+
+        Returns whether anything was folded; what was refused in the end is in `refused`.
+        """
         failed: dict[int, Refused] = {}
-        ends = {id(t) for g in (graph, *nested_graphs(graph.nodes)) for t in g.outputs}
-        while True:
+        folded, again = False, True
+        left: list[Refused] = []
+        while again:
             nodes = foldable.find(graph, failed)
             if all(n.op == "Constant" for n in nodes):
+                left = []
                 break
             sizes = foldable.measure(nodes, extract(nodes, int(graph.opset)).types, self.largest)
-            groups, refused = self._choose(sizes, ends)
-            again = False
+            groups, too_much = self._choose(sizes)
+            failures, again = len(failed), False
             for batch in foldable.batches(groups, _BATCH):
                 again |= yield from self._fold_batch(graph, batch, failed)
-            self._size, self._pending = None, 0
-            if not again:
-                for node, reason in (*sizes.refused, *refused):
-                    yield Change(label(node), f"fold {node.op}", reason)
-                break
-        for node, reason in failed.values():
-            yield Change(label(node), f"fold {node.op}", reason)
+            folded |= again
+            again |= len(failed) > failures
+            left = [*sizes.refused, *too_much]
+        self.refused += [*failed.values(), *left]
+        return folded
 
-    def _choose(self, sizes: foldable.Sizes, ends: Container[int]) -> tuple[list[Group], list[Refused]]:
+    def _choose(self, sizes: foldable.Sizes) -> tuple[list[Group], list[Refused]]:
         """Return the groups to fold, those that shrink the file first, and the nodes that would grow it too much."""
-        groups = [foldable.group(nodes, sizes.bytes, ends) for nodes in foldable.connected(sizes.nodes)]
+        groups = [foldable.group(nodes, sizes.bytes, self.ends) for nodes in foldable.connected(sizes.nodes)]
         chosen: list[Group] = []
         refused: list[Refused] = []
         for candidate in sorted(groups, key=lambda g: g.growth):
             group: Group | None = candidate
             if candidate.results and candidate.growth > 0 and candidate.growth > self.room():
-                group, left_out = foldable.shrink(candidate, self.room(), sizes.bytes, ends)
+                group, left_out = foldable.shrink(candidate, self.room(), sizes.bytes, self.ends)
                 refused += left_out
             if group is not None and group.results:
                 chosen.append(group)
@@ -119,28 +136,27 @@ class _Folder:
     def _fold_batch(
         self, graph: gs.Graph, batch: Sequence[Group], failed: dict[int, Refused]
     ) -> Generator[Change, None, bool]:
-        """Run groups at once and propose their results; return whether another round may find more."""
+        """Run groups at once and propose their results; return whether any was taken."""
         nodes = [n for g in batch for n in g.nodes]
+        results = [t for g in batch for t in g.results]
         region = extract(nodes, int(graph.opset))
         try:
-            values = region.evaluate([t for g in batch for t in g.results], self.ctx.evaluate)
+            values = region.evaluate(results, self.ctx.evaluate)
         except GraphoptError:
             if len(batch) == 1:
                 node, reason = self._culprit(batch[0], int(graph.opset))
                 failed[id(node)] = node, reason
-                return True
+                return False
             middle = len(batch) // 2
             first = yield from self._fold_batch(graph, batch[:middle], failed)
             second = yield from self._fold_batch(graph, batch[middle:], failed)
             return first or second
-        again = False
         with Edit(graph) as edit:
             for group in batch:
                 for tensor in group.results:
                     yield from _folded(graph, group, tensor, values[tensor.name], region, failed)
-                    again |= isinstance(tensor, gs.Constant) or id(tensor.inputs[0]) in failed
             self._sweep(edit, nodes)
-        return again
+        return any(isinstance(t, gs.Constant) for t in results)
 
     def _sweep(self, edit: Edit, nodes: Sequence[gs.Node]) -> None:
         for node in nodes:
@@ -196,19 +212,23 @@ def _folded(
     )
 
 
-def _known_shapes(graph: gs.Graph, ctx: Context) -> Iterator[Change]:
-    """Propose to fold what is asked of shapes whose dimensions are known."""
+def _known_shapes(graph: gs.Graph, ctx: Context) -> Generator[Change, None, bool]:
+    """Propose to fold what is asked of shapes whose dimensions are known; return whether any was taken."""
+    folded = False
     with Edit(graph) as edit:
         for node in list(graph.nodes):
             values = _shape_values(node, int(graph.opset), ctx)
-            if values is None or not node.outputs[0].name:
+            tensor = node.outputs[0] if node.outputs else gs.Variable.empty()
+            if values is None or tensor.is_empty():
                 continue
 
-            def apply(node: gs.Node = node, values: Array = values) -> None:
-                become_constant(graph, node.outputs[0], values)
+            def apply(node: gs.Node = node, tensor: gs.Tensor = tensor, values: Array = values) -> None:
+                become_constant(graph, tensor, values)
                 edit.remove(node)
 
             yield Change(label(node), f"{node.op} -> {values.tolist()}", "the dimensions are known", apply)
+            folded |= isinstance(tensor, gs.Constant)
+    return folded
 
 
 def _shape_values(node: gs.Node, opset: int, ctx: Context) -> Array | None:

@@ -20,6 +20,9 @@ _OVERHEAD = 24
 _STRING = 64
 """Bytes that are assumed for a string not yet computed."""
 
+MOST_GROUPS = 2048
+"""Groups that are computed in one session at most."""
+
 Refused = tuple[gs.Node, str]
 
 
@@ -211,11 +214,14 @@ def _without(nodes: Sequence[gs.Node], dropped: Container[int]) -> list[gs.Node]
 
 
 def batches(groups: Iterable[Group], limit: int) -> list[list[Group]]:
-    """Split groups, in order, into lists of at most `limit` bytes of work (one larger group stands alone)."""
+    """Split groups, in order, into lists of at most `limit` bytes of work (one larger group stands alone).
+
+    A list has at most `MOST_GROUPS`: the time that ORT takes to make a session grows with the square of its outputs.
+    """
     found: list[list[Group]] = []
     held = limit
     for item in groups:
-        if not found or held + item.work > limit:
+        if not found or held + item.work > limit or len(found[-1]) == MOST_GROUPS:
             found.append([])
             held = 0
         found[-1].append(item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -394,7 +395,7 @@ def test_every_schema_change_up_to_the_highest_opset_is_decided() -> None:
     open_questions = []
     for op, by_version in history.items():
         versions = sorted(by_version)
-        for old, new in zip(versions, versions[1:], strict=False):
+        for old, new in pairwise(versions):
             if new > HIGHEST or (op, new) in ADAPTERS or (op, new) in REFUSED:
                 continue
             a, b = by_version[old], by_version[new]

@@ -2,7 +2,8 @@
 
 Errors of a float output, all against the reference's own magnitudes so that no element divides by zero:
 
-    relative   max |a - b| / max |a|              per sample, the worst sample counts; the gate
+    relative   max |a - b| / max |a|              per sample, the worst sample counts; the gate (sigmoids: a maximum
+               below 1e-3 counts as 1e-3)
     slices     the same inside each slice of each axis: a small channel next to a large one
     log        max |ln a - ln b| / max(1, max |ln a|)   for probabilities: shows what softmax and sigmoid flatten;
                for sigmoids also of 1 - a and 1 - b
@@ -139,6 +140,8 @@ class OutputComparison:
     def _errors(self, sample: int, a: Array, b: Array) -> None:
         gap, size = np.abs(a - b), np.abs(a)
         worst, scale = float(gap.max()), float(size.max())
+        if self.probability == "sigmoid":
+            scale = max(scale, LOG_FLOOR["sigmoid"])
         self.max_abs = max(self.max_abs, worst)
         if scale < TINY:
             self.zero_abs = max(self.zero_abs, worst)
@@ -291,7 +294,8 @@ def slice_error(gap: Array, size: Array, scale: float) -> float:
         others = tuple(i for i in range(gap.ndim) if i != axis)
         errors, largest = gap.max(axis=others), size.max(axis=others)
         kept = largest > SLICE_FLOOR * scale
-        worst = max(worst, float((errors[kept] / largest[kept]).max()))
+        if kept.any():
+            worst = max(worst, float((errors[kept] / largest[kept]).max()))
     return worst
 
 

@@ -36,6 +36,12 @@ _NOT_COMPARED = NONDETERMINISTIC | {"Constant"}
 GROWTH = 3.0
 """A node brings a difference in when its result is this much further off than its inputs."""
 
+HEALED = 1e-2
+"""A difference of which less than this part is left in all that reads the tensor was none."""
+
+MENDED = 24
+"""How many nodes are put back, one at a time, to see which mends the outputs."""
+
 SHARE = 1e-3
 """Differences below this part of the largest one found are taken for rounding in rewritten nodes."""
 
@@ -134,14 +140,81 @@ class _Walk:
 
     def run(self, feeds: Mapping[str, Any]) -> Location | None:
         """Run both models and return the culprit."""
-        errors = dict(self._errors(feeds))
+        errors = self._lasting(dict(self._errors(feeds)))
         found = list(self._introduced(errors))
         if not found:
             return self._unexplained(errors)
-        largest = max(f.error for f in found if np.isfinite(f.error)) if any(np.isfinite(f.error) for f in found) else 0
-        chosen = next(f for f in found if f.error >= SHARE * largest)
-        culprit = chosen.suspects[0]
+        largest = max((f.error for f in found if np.isfinite(f.error)), default=0.0)
+        notable = [f for f in found if f.error >= SHARE * largest]
+        blamed = [(f, s) for f in notable for s in f.suspects if self.same.is_changed(s)]
+        blamed = blamed or [(notable[0], notable[0].suspects[0])]
+        others = self._also_changed(errors, SHARE * largest, {id(node) for _, node in blamed})
+        chosen, culprit = self._mending(blamed, others, errors, feeds) if len(blamed) + len(others) > 1 else blamed[0]
         return self.location(culprit, chosen.tensor, chosen.error)
+
+    def _lasting(self, errors: dict[str, float]) -> dict[str, float]:
+        """Return the errors without those that vanish downstream.
+
+        Where a rewrite gives a tensor's name to another value (a convolution that took in the normalisation after
+        it), what reads it is right again: such a tensor has no counterpart.
+        """
+        ends = {t.name for t in self.graph.outputs}
+        reach: dict[str, float] = {}  # the largest error that a tensor's readers show
+        for node in reversed(self.graph.nodes):
+            shown = 0.0
+            for tensor in node.outputs:
+                below = reach.get(tensor.name, 0.0)
+                own = errors.get(tensor.name)
+                if own is not None and own > NOISE and tensor.name not in ends and below < HEALED * min(own, 1.0):
+                    del errors[tensor.name]
+                    own = None
+                shown = max(shown, below if own is None else own)
+            for name in _reads(node):
+                reach[name] = max(reach.get(name, 0.0), shown)
+        return errors
+
+    def _also_changed(self, errors: Mapping[str, float], least: float, known: set[int]) -> list[tuple[_Found, gs.Node]]:
+        """Return further nodes that are others than the original's and whose results differ, as their inputs do."""
+        found = []
+        for node in self.graph.nodes:
+            worst = max((errors.get(t.name, 0.0) for t in node.outputs), default=0.0)
+            changed = id(node) in self.suspects and id(node) not in known and self.same.is_changed(node)
+            if changed and worst >= max(least, NOISE):
+                name = next(t.name for t in node.outputs if errors.get(t.name) == worst)
+                found.append((_Found(name, worst, [node]), node))
+        return found
+
+    def _mending(
+        self, blamed: Sequence[tuple[_Found, gs.Node]], others: Sequence[tuple[_Found, gs.Node]],
+        errors: Mapping[str, float], feeds: Mapping[str, Any],
+    ) -> tuple[_Found, gs.Node]:  # fmt: skip
+        """Return the first of the nodes blamed that mends the outputs when it is put back to what the original has.
+
+        In a rewritten model many nodes differ from the original's and are right all the same; putting one of those
+        back makes the outputs worse.
+        """
+        names = [t.name for t in self.graph.outputs if self.pairs.get(t.name) == t.name]
+        expected = Session(self.reference.model, optimization="off").run(feeds, names) if names else {}
+        before = max((errors.get(name, 0.0) for name in names), default=0.0)
+        tried: set[int] = set()
+        for found, suspect in (*blamed, *others):
+            if id(suspect) in tried or len(tried) >= MENDED:
+                continue
+            tried.add(id(suspect))
+            with self.same.mended(suspect) as mended:
+                if mended and self._error_now(expected, feeds) < before / GROWTH:
+                    return found, suspect
+        largest = max(found.error for found, _ in blamed)
+        return next(b for b in blamed if b[0].error >= largest / 10)
+
+    def _error_now(self, expected: Mapping[str, Any], feeds: Mapping[str, Any]) -> float:
+        try:
+            session = Session(self.candidate.model, optimization="off")
+            accepted = {name: value for name, value in feeds.items() if name in session.input_names}
+            outputs = session.run(accepted, list(expected))
+        except (DataError, ModelError):
+            return float("inf")
+        return max((difference(expected[name], outputs[name]) for name in expected), default=0.0)
 
     def _unexplained(self, errors: Mapping[str, float]) -> Location | None:
         """Return the first tensor that differs though every node is the same (random operators, races)."""

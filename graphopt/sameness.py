@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,49 @@ class Sameness:
         if twin is None:
             return "not in the original"
         return "; ".join(self._differences(twin, node))
+
+    def is_changed(self, node: gs.Node) -> bool:
+        """Tell whether a node does something else, beyond reading tensors of other names, or is new."""
+        twin = self._twins.get(id(node))
+        if twin is None or (twin.op, twin.domain or "") != (node.op, node.domain or ""):
+            return True
+        constants = zip(map(constant_behind, twin.inputs), map(constant_behind, node.inputs), strict=False)
+        changed = any(
+            isinstance(x, gs.Constant) != isinstance(y, gs.Constant)
+            or (isinstance(x, gs.Constant) and not self._equal(x, y))
+            for x, y in constants
+        )
+        return changed or len(twin.inputs) != len(node.inputs) or any(self._attribute_differences(twin, node))
+
+    @contextmanager
+    def mended(self, node: gs.Node) -> Iterator[bool]:
+        """Make a node do what its counterpart does, for a while, on the tensors it reads; False where it has none."""
+        twin = self._twins.get(id(node))
+        if twin is None or any(isinstance(a, gs.Graph) for a in (*node.attrs.values(), *twin.attrs.values())):
+            yield False
+            return
+        op, domain, attrs, inputs = node.op, node.domain, dict(node.attrs), list(node.inputs)
+        theirs = [constant_behind(t) for t in twin.inputs]
+        try:
+            node.op, node.domain = twin.op, twin.domain
+            node.attrs.clear()
+            node.attrs.update(twin.attrs)
+            kept = [t for t in inputs if not isinstance(constant_behind(t), gs.Constant)]
+            node.inputs.clear()
+            for tensor in theirs:
+                own = (
+                    gs.Constant(f"{tensor.name}/mended", np.asarray(tensor.values))
+                    if isinstance(tensor, gs.Constant)
+                    else None
+                )
+                node.inputs.append(own or (kept.pop(0) if kept else gs.Variable.empty()))
+            yield True
+        finally:
+            node.op, node.domain = op, domain
+            node.attrs.clear()
+            node.attrs.update(attrs)
+            node.inputs.clear()
+            node.inputs.extend(inputs)
 
     def inner_difference(self, node: gs.Node) -> tuple[gs.Node, tuple[str, ...]] | None:
         """Return the first differing node inside a node's subgraphs or function body, and the way to it."""

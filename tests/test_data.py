@@ -406,6 +406,24 @@ class TestRandom:
         for feed in load_samples(None, model):
             assert np.isfinite(Session(model).run(feed)["y"]).all()
 
+    def test_signals_are_rough_then_smooth(self) -> None:
+        """White noise has neighbours that are independent (correlation within 0.1 of 0), smooth noise alike ones."""
+        for feed, low, high in zip(load_samples(None, adder([1, 3, 64, 64])), (-0.1, 0.5), (0.1, 1.0), strict=True):
+            x = feed["x"]
+            assert low < float(np.corrcoef(x[..., 1:].ravel(), x[..., :-1].ravel())[0, 1]) < high
+            assert 0.8 < float(np.sqrt(np.mean(np.square(x)))) < 1.2
+
+    def test_values_that_saturate_a_sigmoid_are_passed_over(self) -> None:
+        """sigmoid(sum(x) - 64) is 0 for any noise of 64 values, and 0.5 for ones: those are fed."""
+        nodes = [
+            helper.make_node("ReduceSum", ["x"], ["s"], keepdims=1), helper.make_node("Sub", ["s", "c"], ["d"]),
+            helper.make_node("Sigmoid", ["d"], ["y"]),
+        ]  # fmt: skip
+        constants = {"c": np.float32(64.0)}
+        model = model_of(nodes, [("x", FLOAT, [1, 64])], [("y", FLOAT, [1, 1])], constants)
+        for feed in load_samples(None, model):
+            assert Session(model).run(feed)["y"].max() > 1e-3
+
     def test_nothing_runs(self) -> None:
         nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
         model = model_of(nodes, [("x", FLOAT, ["n"])], [("y", FLOAT, None)], {"shape": np.array([1009, 1013])})

@@ -122,6 +122,33 @@ def test_renamed_tensors() -> None:
     assert (place.node, place.tensor) == ("one", "y")
 
 
+def test_a_name_given_to_another_value_is_no_difference() -> None:
+    """The rewrite folds a scale into the weight and keeps the tensor's name: only the corrupted node is named."""
+    scale = np.float32(3)
+
+    def chain(weight: np.ndarray[Any, Any], alpha: float, *, folded: bool) -> onnx.ModelProto:
+        nodes = [node("MatMul", "x w", "a"), node("Mul", "a scale", "b")]
+        if folded:
+            nodes = nodes[:1]
+        nodes.append(node("Tanh", "a" if folded else "b", "c"))
+        nodes += [node("LeakyRelu", "c", "d", alpha=alpha), node("Exp", "d", "y")]
+        return model(*nodes, w=weight, **({} if folded else {"scale": scale}))
+
+    original = chain(WEIGHT, 0.1, folded=False)
+    place = found(original, chain(WEIGHT * scale, 0.2, folded=True))
+    assert (place.node, place.what) == ("make_d", "alpha 0.2 instead of 0.1")
+
+
+def test_a_fault_right_after_a_rewritten_node_is_found_by_mending() -> None:
+    def chain(weight: np.ndarray[Any, Any], op: str, *, folded: bool) -> onnx.ModelProto:
+        nodes = [node("MatMul", "x w", "a"), node("Mul", "a scale", "b")][: 1 if folded else 2]
+        nodes += [node(op, "a" if folded else "b", "c"), node("Exp", "c", "y")]
+        return model(*nodes, w=weight, **({} if folded else {"scale": np.float32(3)}))
+
+    place = found(chain(WEIGHT, "Tanh", folded=False), chain(WEIGHT * 3, "Sin", folded=True))
+    assert (place.node, place.op) == ("make_c", "Sin")
+
+
 def conditional(then: str, other: str, *, swapped: bool = False) -> onnx.ModelProto:
     branches = {
         "then_branch": branch("then", node("Neg", "x", "t1"), node(then, "t1", "t2")),

@@ -70,6 +70,7 @@ class Edit:
         self._outputs = {id(t) for t in graph.outputs}
         self._inputs = {id(t) for t in graph.inputs}
         self._inner_names: set[str] | None = None
+        self._own_names: set[str] | None = None
 
     def __enter__(self) -> Edit:
         return self
@@ -150,8 +151,8 @@ class Edit:
 
     def why_not_bypass(self, old: gs.Tensor, new: gs.Tensor) -> str | None:
         """Return why `new` cannot stand for `old` everywhere, None where it can (see `bypass`)."""
-        if self._shadowed(old, new):
-            return f"a subgraph has a tensor called '{new.name}' of its own"
+        if self._shadowed(old, new) or self._hidden(new):
+            return f"another tensor is called '{new.name}' where it would be read"
         if not self.is_output(old):
             return None
         if isinstance(new, gs.Constant):
@@ -189,6 +190,14 @@ class Edit:
         if self._inner_names is None:
             self._inner_names = names_defined(nested_graphs(self.graph.nodes))
         return new.name in self._inner_names
+
+    def _hidden(self, tensor: gs.Tensor) -> bool:
+        """Tell whether a tensor of an outer graph has the name of one of this graph's own."""
+        if not tensor.inputs or self.is_local(tensor.inputs[0]):
+            return False
+        if self._own_names is None:
+            self._own_names = names_defined([self.graph])
+        return tensor.name in self._own_names
 
     def sweep(self) -> None:
         """Take out what goes, put in what comes, and put the links right."""

@@ -50,7 +50,7 @@ STEPS = frozenset(
     {
         "Floor", "Ceil", "Round", "Sign", "Mod", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual",
         "QuantizeLinear", "DynamicQuantizeLinear", "IsInf", "IsNaN", "ArgMax", "ArgMin", "TopK", "NonZero",
-        "NonMaxSuppression", "Unique", "HardMax", "ThresholdedRelu",
+        "NonMaxSuppression", "Unique", "Hardmax", "ThresholdedRelu",
     }
 )  # fmt: skip
 """A last-digit difference of the input may become a whole step of the output (so may a Cast to integers)."""

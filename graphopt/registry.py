@@ -28,6 +28,7 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _passes: dict[str, type[Pass]] = {}
 _plugins: dict[Path, tuple[str, list[str]]] = {}
 _loaded: set[str] = set()
+_scanned = False
 
 PassClass = TypeVar("PassClass", bound=type[Pass])
 
@@ -119,6 +120,9 @@ def _load_built_ins() -> None:
 
 
 def _load_entry_points() -> None:
+    global _scanned  # noqa: PLW0603  (the registry is the one thing that is global)
+    if _scanned:
+        return
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         key = f"{entry.name}={entry.value}"
         if key in _loaded:
@@ -128,6 +132,7 @@ def _load_entry_points() -> None:
             if isinstance(thing, type) and issubclass(thing, Pass):
                 register(thing)
         _loaded.add(key)
+    _scanned = True
 
 
 def load_plugin(path: str | Path) -> list[str]:

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import onnx
+import onnx.parser
 import pytest
 
 from graphopt import registry
 from graphopt.base import Pass
 from graphopt.errors import SpecError
+
+TINY = onnx.parser.parse_model(
+    '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { i = Identity(x) y = Neg(i) }'
+)
 
 PLUGIN = """
 from __future__ import annotations
@@ -187,3 +193,24 @@ def test_works_from_a_folder_with_its_own_passes(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert done.stdout.split("\n")[:2] == ["['my-own']", "True"], done.stderr
+
+
+def test_source_tree_without_its_passes_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("graphopt.registry.importlib.import_module", missing)
+    with pytest.raises(SpecError, match="its passes are missing"):
+        registry.all_passes()
+
+
+def test_plugin_beside_built_in_passes_from_the_command_line(tmp_path: Path) -> None:
+    write(tmp_path / "passes" / "mine.py", "my-own")
+    (tmp_path / "model.onnx").write_bytes(TINY.SerializeToString())
+    command = [
+        sys.executable, "-m", "graphopt", "run", "model.onnx", "--plugin", "./passes/mine.py",
+        "-p", "my-own{depth=3}, eliminate-identity", "-o", "out.onnx",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node] == ["Neg"]

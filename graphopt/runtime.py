@@ -220,6 +220,8 @@ class Session:
         ort = _import_ort()
         wanted = list(outputs) if outputs is not None else self.output_names
         self._check_names(feeds)
+        if not wanted:  # ORT would return all of them
+            return {}
         try:
             values = self._session.run(wanted, {k: _to_ort(ort, v) for k, v in feeds.items()})
         except ort_errors() as error:

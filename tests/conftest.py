@@ -56,6 +56,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests recorded as `summary`: figures that a run should show even when all is well."""
     for reports in terminalreporter.stats.values():
         for report in reports:
-            for name, value in getattr(report, "user_properties", ()):
+            if getattr(report, "when", "") != "call":
+                continue
+            for name, value in report.user_properties:
                 if name == "summary":
                     terminalreporter.write_line(str(value))

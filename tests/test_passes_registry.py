@@ -43,6 +43,7 @@ class Mine(Pass):
 
 @pytest.fixture(autouse=True)
 def _registry_restored() -> Iterator[None]:
+    registry.all_passes()  # built-ins register when they are first imported, once in a process
     passes, plugins = dict(registry._passes), dict(registry._plugins)
     yield
     registry._passes.clear()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from graphopt.errors import DataError, ModelError, SpecError
 from graphopt.model import load
 from graphopt.ratio import Ratio, paired
 from graphopt.samples import Samples
-from graphopt.timing import Plan, _Record, _Timer, bench, quick_ratio
+from graphopt.timing import Plan, _Record, _seconds, _Timer, bench, quick_ratio
 
 Rows = list[npt.NDArray[np.float64]]
 
@@ -171,6 +174,38 @@ def test_bench_reports_what_was_measured(path: Path) -> None:
     assert document["environment"]["threads"] == 1
     assert document["a"]["median_ms"] == pytest.approx(found.a.median * 1e3)
     assert [row["name"] for row in found.table()] == ["m.onnx", "b"]
+    assert document["wall"]["pairs"] == document["pairs"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its thread clock is too coarse")
+def test_processor_time_decides_where_one_thread_does_the_work(path: Path) -> None:
+    def clock(**options: Any) -> Any:
+        return bench(path, path, [FEED], rounds=1, min_time=1e-5, **options).to_dict()["clock"]
+
+    assert clock() == "cpu"
+    assert clock(threads=2) == "wall"
+    assert clock(clock="wall") == "wall"
+
+
+def test_waiting_is_not_processor_time() -> None:
+    wall, cpu = _seconds(lambda: time.sleep(0.02), 2)
+    assert wall >= 0.02
+    assert cpu < 0.5 * wall
+
+
+def test_work_on_other_threads_is_noticed(path: Path) -> None:
+    def spread() -> None:
+        def work() -> None:
+            np.linalg.svd(np.ones((200, 200)))
+
+        helpers = [threading.Thread(target=work) for _ in range(2)]
+        for helper_thread in helpers:
+            helper_thread.start()
+        for helper_thread in helpers:
+            helper_thread.join()
+
+    timer = _Timer((path, path), [FEED], Plan(), 0, threads=1, provider="cpu", custom_ops=())
+    assert timer._clock([[spread], [spread]]) == "wall"
 
 
 def test_random_feeds_have_one_shape(path: Path) -> None:
@@ -192,8 +227,7 @@ def test_feeds_are_taken_in_turn_by_both(path: Path) -> None:
     ran: list[tuple[int, int]] = []
     calls = [[lambda m=m, f=f: ran.append((m, f)) for f in range(2)] for m in range(2)]
     record = _Record(repeat=1, pairs=8)
-    times = timer._pairs(calls, record)
-    assert times[0].shape == times[1].shape == (8,)
+    assert timer._pairs(calls, record).shape == (2, 2, 8)  # model, clock, pair
     pairs = [ran[i : i + 2] for i in range(0, 16, 2)]
     assert all({m for m, _ in pair} == {0, 1} and pair[0][1] == pair[1][1] for pair in pairs)
     assert [pair[0][0] for pair in pairs] in ([0, 1] * 4, [1, 0] * 4)  # AB BA AB BA ...
@@ -204,14 +238,14 @@ def test_rounds_double_until_narrow_or_late(path: Path, monkeypatch: pytest.Monk
     rng = np.random.default_rng(0)
 
     def fake(self: _Timer, number: int, record: _Record) -> None:
-        for row in record.times:
+        for row in record.wall:
             row.append(0.01 * np.exp(0.2 * rng.standard_normal(4)))
 
     monkeypatch.setattr(_Timer, "_round", fake)
 
     def rounds(plan: Plan) -> int:
         timer = _Timer((path, path), [FEED], plan, 0, threads=1, provider="cpu", custom_ops=())
-        return len(timer.run(0.95).times[0])
+        return len(timer.run(0.95).wall[0])
 
     assert rounds(Plan(rounds=5, precision=None)) == 5
     assert rounds(Plan(rounds=5, precision=9.0)) == 5

@@ -187,6 +187,6 @@ def _checked(cls: type[Pass], name: str, value: Any) -> Any:
         return tuple(value)
     if default is not None and type(value) is not type(default):
         raise SpecError(
-            f"pass '{cls.name}': option '{name}' is a {type(default).__name__}, not {value!r}",
+            f"pass '{cls.name}': option '{name}' must be of type {type(default).__name__}, not {value!r}",
         )
     return value

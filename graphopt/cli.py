@@ -10,7 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,55 +18,57 @@ from rich.table import Table
 
 from graphopt import registry, report, tables
 from graphopt.errors import GraphoptError, SpecError
+from graphopt.options import (
+    AsJson,
+    Batch,
+    CustomOps,
+    Data,
+    FailureOption,
+    Measure,
+    ModelPath,
+    Output,
+    Plugins,
+    PrintAfter,
+    Provider,
+    Reproducers,
+    Seed,
+    Shape,
+    StopAfter,
+    Threads,
+    VerifyOption,
+)
 
 app = typer.Typer(
     name="graphopt", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Make exported ONNX models faster and smaller, and prove it on ONNX Runtime.",
     epilog="Exit codes: 0 done, 1 a gate or validation was missed, 2 the input is wrong, 3 a bug in graphopt.",
 )  # fmt: skip
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+UNWRAPPED = 100_000
+"""Columns for output that goes into a pipe or file: lines stay whole there."""
 
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="OUT", help="where the result is written (may be MODEL itself)")
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SAMPLES", help=".npz, folder of .npz, test_data_set folder, or file.py:function; default: random feeds"
-    ),
-]
-Batch = Annotated[int, typer.Option(min=1, help="rows of an .npz sample array in one feed")]
-Shape = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=1,3,224,224", help="shape of an input, for random feeds")
-]
-Seed = Annotated[int, typer.Option(help="for everything random")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
-Threads = Annotated[int, typer.Option(min=1, help="ONNX Runtime's intra-op threads")]
-Provider = Annotated[str, typer.Option(help="cpu, cuda, openvino, …")]
-VerifyOption = Annotated[
-    Literal["each", "end", "off"], typer.Option(help="numeric check after each pass, at the end, or never")
-]
-FailureOption = Annotated[Literal["continue", "stop"], typer.Option(help="leave a failing pass out and go on, or stop")]
-Plugins = Annotated[
-    list[Path] | None, typer.Option("--plugin", metavar="FILE_OR_FOLDER", help="Python files with passes of your own")
-]
-PrintAfter = Annotated[
-    list[str] | None, typer.Option(metavar="PASS|all", help="print what a pass changed, as a text diff (stderr)")
-]
-StopAfter = Annotated[str | None, typer.Option(metavar="PASS", help="end the pipeline after this pass")]
-Reproducers = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", help="where reproducers of failing passes are written [default: OUT.reproducers]"),
-]
-CustomOps = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="LIBRARY", help="library of custom operators that ONNX Runtime may load"),
-]
-Measure = Annotated[
-    bool, typer.Option("--measure/--no-measure", help="time the result; keep the input where it is not faster")
-]
+INTERRUPTED = 130
+"""Exit code after Ctrl-C (128 + SIGINT, as shells have it)."""
+
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else UNWRAPPED)
+err = Console(stderr=True, soft_wrap=True, highlight=False, width=None if sys.stderr.isatty() else UNWRAPPED)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=lambda asked: _version(asked=asked), is_eager=True, help="show versions"),
+    ] = False,
+) -> None:
+    """Make exported ONNX models faster and smaller, and prove it on ONNX Runtime."""
+    del version  # its callback has printed and left
+
+
+def _version(*, asked: bool) -> None:
+    if asked:
+        from graphopt import __version__, runtime  # noqa: PLC0415
+
+        out.print(f"graphopt {__version__}, ONNX Runtime {runtime.version()}")
+        raise typer.Exit
 
 
 @app.command()
@@ -213,6 +215,8 @@ def validate(
     from graphopt.model import load  # noqa: PLC0415
     from graphopt.validate import validate as run_validate  # noqa: PLC0415
 
+    if max_drop is not None and evaluate is None:
+        raise SpecError("--max-drop needs a metric", hint="--eval FILE.py:FUNCTION")
     first = load(reference, custom_ops=custom_ops or ())
     samples = load_samples(data, first, batch=batch, seed=seed, shapes=_shapes(shape))
     with _working("comparing", as_json):
@@ -232,7 +236,8 @@ def bench(
     second: Annotated[Path | None, typer.Argument(metavar="[B]", help="the model to time against it")] = None,
     data: Data = None,
     rounds: Annotated[
-        int | None, typer.Option(min=3, help="pairs to time [default: until the interval is narrow]")
+        int | None,
+        typer.Option(min=3, help="rounds of fresh sessions [default: ten, more while the interval is wide]"),
     ] = None,
     memory: Annotated[
         bool, typer.Option("--memory", help="measure peak memory too, each in a process of its own")
@@ -447,6 +452,9 @@ def _shapes(given: list[str] | None) -> dict[str, tuple[int, ...]] | None:
 
 
 def _fail(error: GraphoptError) -> NoReturn:
+    if "--json" in sys.argv:
+        document = {"what": error.what, "at": error.at, "hint": error.hint, "exit_code": error.exit_code}
+        _emit({"error": document}, as_json=True)
     err.print(f"error: {error}", markup=False, style="red")
     sys.exit(error.exit_code)
 
@@ -469,8 +477,7 @@ def main() -> None:
     except GraphoptError as error:
         _fail(error)
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; nothing was written")
-        sys.exit(130)
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -479,4 +486,6 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         _bug(error)
+    if code == INTERRUPTED:  # newer versions of typer give the code instead of raising
+        err.print("interrupted; nothing was written")
     sys.exit(code if isinstance(code, int) else 0)

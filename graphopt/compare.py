@@ -257,6 +257,7 @@ class OutputComparison:
             "mismatch": None if self.floating else self.mismatch,
             "mismatch_tolerance": None if self.floating else tolerance.mismatch,
             "nonfinite": self.nonfinite,
+            "elements": self.elements,
             "compared": self.compared,
             "worst_sample": self.worst_sample,
             "worst_index": None if self.worst_index is None else list(self.worst_index),

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from graphopt.data import call_user
 from graphopt.errors import DataError, SpecError
@@ -131,6 +130,8 @@ def _scores(value: Any, name: str) -> np.ndarray[Any, Any]:
 
 def _interval(drops: np.ndarray[Any, Any], seed: int) -> tuple[float, float] | None:
     """Return the 95 % percentile-bootstrap interval of the mean drop."""
+    from scipy import stats  # noqa: PLC0415  (half a second, for those who need it)
+
     if drops.size < 2:
         return None
     if np.ptp(drops) == 0:

@@ -197,6 +197,7 @@ class Model:
         """
         path = Path(path)
         check_output(path)
+        path = path.resolve() if path.is_symlink() else path
         stale = _own_data_files(path)
         if self.weight_bytes() > INLINE_LIMIT or self._came_external():
             stale.discard(self._save_external(path))
@@ -257,6 +258,8 @@ def load(source: Source, *, custom_ops: Iterable[str | Path] = ()) -> Model:
     """
     if isinstance(source, Model):
         model = source.copy()
+    elif not isinstance(source, str | Path | onnx.ModelProto):
+        raise ModelError(f"a model is a path, a ModelProto or a Model, not {type(source).__name__}")
     elif isinstance(source, onnx.ModelProto):
         copy = onnx.ModelProto()
         copy.CopyFrom(source)
@@ -278,6 +281,8 @@ def check_output(path: Path) -> None:
         raise ModelError("the output folder does not exist", at=str(path.parent), hint="create it first")
     if path.is_dir():
         raise ModelError("the output is a folder", at=str(path), hint="name a file in it")
+    if path.exists() and not path.is_file():
+        raise ModelError("the output is a device, not an ordinary file", at=str(path), hint="name a file")
 
 
 def _build(proto: onnx.ModelProto, file: ModelFile, path: Path | None) -> Model:

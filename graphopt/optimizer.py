@@ -11,9 +11,10 @@ from typing import Any
 from graphopt import environment
 from graphopt.base import Target
 from graphopt.data import load_samples
-from graphopt.errors import SpecError
+from graphopt.errors import ModelError, SpecError
 from graphopt.model import Model, Source, load
 from graphopt.pipeline import OnFailure, Pipeline, Result, Settings, Verify
+from graphopt.report import Report
 from graphopt.samples import Samples
 from graphopt.timing import Ratio, quick_ratio
 
@@ -24,7 +25,7 @@ CLEANUP = "canonicalize, fold-constants, fold-if, eliminate-identity, fuse-batch
 SLOWDOWN = 1.03
 """The upper end of the measured interval may reach this; above it the input is kept."""
 
-BUDGETS = (2.0, 5.0, 12.0)
+BUDGETS = (2.0, 6.0)
 """Seconds of measurement; the next is tried while the one before did not decide."""
 
 
@@ -84,9 +85,19 @@ def optimize(
     if measure:
         assert samples is not None
         result = keep_if_it_pays(original, result, samples, settings)
+    if pipeline is None and opset not in (None, DEFAULT_OPSET) and result.report.opset_after < (opset or 0):
+        _refuse_opset(result.report, opset or 0)
     result.report.environment = environment.describe()
     result.report.seconds = time.perf_counter() - started
     return result
+
+
+def _refuse_opset(report: Report, opset: int) -> None:
+    """Raise ModelError: an opset asked for by number was not reached."""
+    said = [text for r in report.passes if r.name == "upgrade-opset" for text in (*r.notes, r.failure) if text]
+    raise ModelError(
+        f"the model stays at opset {report.opset_after}, not {opset}", at=report.model, hint="; ".join(said)
+    )
 
 
 def keep_if_it_pays(original: Model, result: Result, samples: Samples, settings: Settings) -> Result:
@@ -128,8 +139,13 @@ def read_pipeline(path: str | Path) -> Pipeline:
     from graphopt import spec  # noqa: PLC0415  (`spec` is a parameter's name elsewhere)
 
     try:
-        return Pipeline(spec.from_toml(Path(path).read_text(encoding="utf-8")))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise SpecError(f"cannot read the pipeline file: {error.strerror}", at=str(path)) from error
     except UnicodeDecodeError as error:
         raise SpecError("the pipeline file is not text", at=str(path)) from error
+    try:
+        return Pipeline(spec.from_toml(text))
+    except SpecError as error:
+        error.at = f"{path}, {error.at}" if error.at else str(path)
+        raise

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import onnx
 
@@ -69,6 +69,16 @@ class Settings:
     reproducers: Path | None = None
     printer: Printer = print
 
+    def __post_init__(self) -> None:
+        """Refuse values that are none of the choices.
+
+        Raises:
+            SpecError: `verify` or `on_failure` is something else.
+        """
+        for name, kind in (("verify", Verify), ("on_failure", OnFailure)):
+            if getattr(self, name) not in get_args(kind):
+                raise SpecError(f"{name} is one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+
 
 @dataclass
 class Result:
@@ -99,15 +109,18 @@ class Pipeline:
     """A sequence of passes.
 
     Args:
-        steps: a text form (`"fold-constants,eliminate-dead"`), pass objects, or steps of `graphopt.spec`.
+        steps: a text form (`"fold-constants,eliminate-dead"`), or a list of texts, registered passes and steps of
+            `graphopt.spec`.
 
     Raises:
         SpecError: a pass or option that does not exist.
     """
 
-    def __init__(self, steps: str | Iterable[spec.Step | Pass]) -> None:
-        parsed = spec.parse(steps) if isinstance(steps, str) else steps
-        self.steps: tuple[spec.Step, ...] = tuple(_as_step(s) for s in parsed)
+    def __init__(self, steps: str | Iterable[str | spec.Step | Pass]) -> None:
+        given = [steps] if isinstance(steps, str) else steps
+        self.steps: tuple[spec.Step, ...] = tuple(step for thing in given for step in _as_steps(thing))
+        if not self.steps:
+            raise SpecError("the pipeline has no steps", hint="name passes: fold-constants,eliminate-dead")
         for step in _pass_steps(self.steps):
             make_pass(step)
 
@@ -128,10 +141,20 @@ class Pipeline:
         return Run(self, load(model), samples, settings or Settings()).finish()
 
 
-def _as_step(step: spec.Step | Pass) -> spec.Step:
-    if isinstance(step, Pass):
-        return spec.PassStep(step.name, step.options())
-    return step
+def _as_steps(thing: str | spec.Step | Pass) -> tuple[spec.Step, ...]:
+    if isinstance(thing, str):
+        return spec.parse(thing)
+    if isinstance(thing, spec.PassStep | spec.RepeatStep):
+        return (thing,)
+    if not isinstance(thing, Pass):
+        raise SpecError(f"a step is a text, a pass or a step of graphopt.spec, not {thing!r}")
+    if registry.all_passes().get(thing.name) is not type(thing):
+        raise SpecError(
+            f"pass '{thing.name}' is not registered",
+            at=type(thing).__qualname__,
+            hint="put @graphopt.register above it",
+        )
+    return (spec.PassStep(thing.name, thing.options()),)
 
 
 def _pass_steps(steps: Iterable[spec.Step]) -> Iterator[spec.PassStep]:
@@ -234,7 +257,8 @@ class Run:
             self.size = size_of(self.model)
         record.after = self.size
         if shown:
-            self.settings.printer(text.diff(text_before, text.to_text(self.model)) or f"{step.name}: no change\n")
+            diff = text.diff(text_before, text.to_text(self.model)).rstrip("\n")
+            self.settings.printer(f"== {step.name}: {record.status}\n" + (f"{diff}\n" if diff else ""))
         if step.name == self.settings.stop_after:
             self.stopped = True
         return changed
@@ -292,17 +316,20 @@ class Run:
         self.model = from_snapshot(self.snapshot)
         record.status = "rolled back"
         expected = isinstance(error, GraphoptError)
-        record.failure = str(error) if expected else f"{type(error).__name__}: {error}"
+        record.failure = str(error) if expected else f"it raised {type(error).__name__}: {error} ({last_frame(error)})"
         detail = record.failure if expected else "".join(traceback.format_exception(error))
         if self.settings.reproducers is not None:
             reference = self.reference if self.settings.verify == "each" else None
-            folder = save_reproducer(self.settings.reproducers, step, self.model, failed, reference, detail)
+            folder = save_reproducer(
+                self.settings.reproducers, step, self.model, failed, reference, detail, self.settings.seed
+            )
             record.reproducer = str(folder)
         if self.settings.on_failure == "stop":
             raise StopPipelineError(
                 f"pass '{step.name}' failed: {record.failure}",
                 at=record.reproducer,
-                hint="--on-failure continue rolls it back and goes on; --bisect finds the change",
+                hint="--on-failure continue rolls it back and goes on"
+                + ("; --bisect finds the change" if expected else ""),
             ) from error
 
     def _verify_end(self) -> None:
@@ -336,6 +363,15 @@ def _free_weights(old: Snapshot, new: Snapshot) -> None:
     kept = {id(values) for values in new.weights}
     if sum(int(values.nbytes) for values in old.weights if id(values) not in kept) > COLLECT_BYTES:
         gc.collect()
+
+
+def last_frame(error: BaseException) -> str:
+    """Return where an exception was raised, outside graphopt if the trace leads there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = Path(__file__).parent
+    others = [f for f in frames if not Path(f.filename).is_relative_to(own)]
+    frame = (others or frames)[-1]
+    return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
 
 
 def where_it_begins(checked: Validation) -> str | None:

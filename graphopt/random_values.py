@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from scipy import ndimage
 
 from graphopt.analysis.inputs import Control, InputUse
 from graphopt.analysis.shapes import Shapes
@@ -116,6 +115,8 @@ def smooth_noise(rng: np.random.Generator, shape: Shape) -> Array:
 
     Two scales, an eighth and a thirty-second of the axis, and a little white noise.
     """
+    from scipy import ndimage  # noqa: PLC0415  (half a second, for those who need it)
+
     noise = rng.standard_normal(shape)
     axes = [a for a in range(max(1, len(shape) - 3), len(shape)) if shape[a] >= SMOOTH_AXIS]
     axes = axes[-2:] if len(shape) >= 4 else axes[-1:]

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from graphopt.errors import SpecError
 
@@ -133,6 +132,8 @@ def _log_ratio(a: Times, b: Times) -> Times:
 
 def _tail(confidence: float, rounds: int, pairs: int) -> float:
     """Return the quantile at which the expanded percentile interval ends."""
+    from scipy import stats  # noqa: PLC0415  (half a second, for those who need it)
+
     count = rounds if rounds > 1 else max(2, pairs // _block(pairs))
     t = stats.t.isf((1.0 - confidence) / 2.0, count - 1)
     return float(stats.norm.sf(t * math.sqrt(count / (count - 1))))

@@ -135,6 +135,11 @@ def _load_entry_points() -> None:
     _scanned = True
 
 
+def plugin_of(name: str) -> Path | None:
+    """Return the file or folder that a plugin's pass came from, None for other passes."""
+    return next((path for path, (_, names) in _plugins.items() if name in names), None)
+
+
 def load_plugin(path: str | Path) -> list[str]:
     """Load passes from a user's `.py` file, or from every `.py` file of a folder; return their names.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 
-from graphopt import spec
+from graphopt import registry, spec
 from graphopt.base import Pass
 from graphopt.model import Model
 from graphopt.validate import Reference
 
 
 def save_reproducer(
-    folder: Path, step: Pass, before: Model, after: Model, reference: Reference | None, detail: str
+    folder: Path, step: Pass, before: Model, after: Model, reference: Reference | None, detail: str, seed: int
 ) -> Path:
     """Write before.onnx, after.onnx (if it can be emitted), feeds.npz and README.txt with the command; return where."""
     target = _free(folder, step.name)
@@ -33,8 +34,14 @@ def save_reproducer(
             (target / "feeds").mkdir()
             np.savez(target / "feeds" / "0.npz", **plain)  # type: ignore[arg-type]
             data = " --data feeds"
-    text = spec.to_text([spec.PassStep(step.name, step.options())])
-    lines += ["run in this folder:", f"  graphopt run before.onnx -p '{text}'{data} --verify each -o out.onnx"]
+    words = ["graphopt", "run", "before.onnx", "-p", spec.to_text([spec.PassStep(step.name, step.options())])]
+    plugin = registry.plugin_of(step.name)
+    words += ["--plugin", str(plugin)] if plugin else []
+    words += [word for library in before.custom_ops for word in ("--custom-ops", str(library.resolve()))]
+    if reference is not None:
+        words += ["--provider", reference.provider, "--threads", str(reference.threads)]
+    words += ["--seed", str(seed), "--verify", "each", "-o", "out.onnx"]
+    lines += ["run in this folder:", f"  {shlex.join(words)}{data}"]
     (target / "README.txt").write_text("\n".join(lines) + "\n")
     return target
 

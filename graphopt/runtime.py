@@ -146,7 +146,8 @@ class Session:
         if profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._temporary()) / "profile")
-        where = str(model) if isinstance(model, str | Path) else None
+        path = model.path if isinstance(model, Model) else model
+        where = str(path) if isinstance(path, str | Path) else None
         try:
             self._session = ort.InferenceSession(
                 self._source(model, extra_outputs), sess_options=options, providers=[name]

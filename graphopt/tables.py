@@ -87,7 +87,10 @@ def validation(result: Validation) -> Group:
         inside = f" inside {' / '.join(where.path)}" if where.path else ""
         begins = f"begins at node '{where.node}' ({where.op}){inside}, tensor '{where.tensor}', error {where.error:.1e}"
         parts += lines([begins, *([where.what] if where.what else [])])
-    parts += lines(["the models agree"] if result.ok else ["the models do NOT agree"], "green" if result.ok else "red")
+    verdict = "the models agree" if result.ok else "the models do NOT agree"
+    if result.ok and not any(row["tolerance"] is not None for row in result.rows) and result.evaluation is not None:
+        verdict = "the task's score is kept; the outputs themselves were not gated"
+    parts += lines([verdict], "green" if result.ok else "red")
     return Group(*parts)
 
 
@@ -167,13 +170,14 @@ def inspection(found: Inspection, *, nodes: bool = True) -> Group:
     at = ", ".join(f"{name}=[{','.join(map(str, shape))}]" for name, shape in found.at.items())
     by_dtype = ", ".join(f"{dtype} {human_bytes(count)}" for dtype, count in found.weights.bytes_by_dtype.items())
     producer = found.producer or "producer unknown"
+    constants = f" ({found.ops['Constant']} of them Constant)" if "Constant" in found.ops else ""
     texts = [
         f"{found.name}: IR {found.ir_version}, opsets {_opsets(found.opsets)}, {producer}{size}",
         *(f"input   {spec}" for spec in found.inputs),
         *(f"input   {spec} (has a default)" for spec in found.optional_inputs),
         *(f"output  {spec}" for spec in found.outputs),
         *(f"dynamic {symbol}: {', '.join(places)}" for symbol, places in found.dynamic.items()),
-        f"{found.nodes} nodes, {found.subgraphs} subgraphs, {len(found.functions)} functions; "
+        f"{found.nodes} nodes{constants}, {found.subgraphs} subgraphs, {len(found.functions)} functions; "
         f"{found.weights.parameters:,} parameters in {found.weights.tensors} tensors, "
         f"{human_bytes(found.weights.bytes)} ({by_dtype or 'none'})",
         f"{found.macs:,} MACs"

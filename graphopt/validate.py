@@ -18,7 +18,7 @@ import numpy as np
 from graphopt.analysis.outputs import compute_precision, probability_outputs
 from graphopt.compare import Comparison, OutputComparison, Tolerance, adapted, floor_tolerance, widened
 from graphopt.data import load_function, load_samples
-from graphopt.errors import DataError, ModelError
+from graphopt.errors import DataError, ModelError, SpecError
 from graphopt.locate import Location
 from graphopt.locate import locate as run_locate
 from graphopt.metric import Evaluation, evaluate_pair
@@ -293,6 +293,9 @@ class Reference:
         result.notes += [
             f"output '{name}' has no finite value on these samples: nothing was compared" for name in sorted(empty)
         ]
+        filled = [r for r in result.rows if r["elements"]]
+        if filled and not any(r["compared"] for r in filled):
+            result.failures.append("no output has a finite value on these samples: nothing was compared")
 
     def _locate(self, candidate: Model, result: Validation) -> None:
         failing = [row["worst_sample"] for row in result.rows if not row["ok"] and row["worst_sample"] is not None]
@@ -386,6 +389,8 @@ def validate(
     reference = Reference(
         first, loaded, optimization=optimization, threads=threads, provider=provider, limit=None, seed=seed
     )
+    if min(rtol or 0.0, atol or 0.0) < 0:
+        raise SpecError("a tolerance cannot be negative", hint="0 asks for equal outputs")
     given = rtol is not None or atol is not None
     if exactness is None:
         exactness = "lossy" if evaluate is not None and max_drop is not None and not given else "exact"

@@ -57,6 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
+        temporary.chmod(0o644)  # mkstemp makes it private; the cache is for reading
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -202,6 +203,12 @@ def test_bisect_and_stop_on_failure(cli: Cli, model: Path, tmp_path: Path) -> No
         (["optimize", "net.onnx", "-o", "missing/out.onnx", "--no-measure"], "folder does not exist", "create"),
         (["validate", "net.onnx", "net.onnx", "--eval", "f.py"], "", ""),
         (["bench", "net.onnx"], "two models", "--per-node"),
+        (["optimize", "net.onnx", "-o", "/dev/null"], "not an ordinary file", "name a file"),
+        (["validate", "net.onnx", "net.onnx", "--max-drop", "1"], "needs a metric", "--eval"),
+        (["validate", "net.onnx", "net.onnx", "--tolerance", "-1"], "negative", ""),
+        (["run", "net.onnx", "-p", ""], "no steps", ""),
+        (["optimize", "net.onnx", "--opset", "99", "--no-measure"], "stays at opset 17", ""),
+        (["run", "net.onnx", "-p", "bad.toml"], "must have one of", "bad.toml"),
     ],
 )
 def test_bad_input_is_one_clear_error(
@@ -210,12 +217,48 @@ def test_bad_input_is_one_clear_error(
     monkeypatch.chdir(model.parent)
     Path("text.onnx").write_text("hello")
     Path("empty.onnx").touch()
+    Path("bad.toml").write_text("[[step]]\nfoo = 1\n")
     np.savez("wrong.npz", y=np.zeros((2, 4), np.float32))
     before = model.read_bytes()
     lines = error_lines(cli(*arguments))
     assert what in lines[0]
     assert hint in "".join(lines)
     assert model.read_bytes() == before
+
+
+def test_errors_are_documents_too(cli: Cli) -> None:
+    ran = cli("optimize", "nowhere.onnx", "--json")
+    assert ran.json["error"] == {
+        "what": "no such model file", "at": "nowhere.onnx", "hint": "check the path", "exit_code": 2
+    }  # fmt: skip
+
+
+def test_output_through_a_link_keeps_the_link(cli: Cli, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.onnx").symlink_to("real.onnx")
+    assert cli("optimize", model, "-o", tmp_path / "link.onnx", "--no-measure").code == 0
+    assert (tmp_path / "link.onnx").is_symlink()
+    assert len(onnx.load(tmp_path / "real.onnx").graph.node) == 3
+
+
+def test_a_plugin_that_raises_is_located_and_its_reproducer_runs(cli: Cli, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        PLUGIN.replace("mine-shift", "mine-raises").replace("for constant", "1 / 0\n        for constant")
+    )
+    ran = cli("run", model, "--plugin", tmp_path / "mine.py", "-p", "mine-raises", "-o", tmp_path / "out.onnx")
+    assert "ZeroDivisionError" in error_lines(ran, code=1)[0]
+    assert "mine.py, line 17, in run" in ran.err
+    readme = next((tmp_path / "out.onnx.reproducers").glob("*/README.txt"))
+    command = next(line for line in readme.read_text().splitlines() if line.startswith("  graphopt "))
+    words = shlex.split(command)[1:]
+    again = subprocess.run(
+        [sys.executable, "-m", "graphopt", *words], cwd=readme.parent, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1
+    assert "mine-raises" in again.stderr
+
+
+def test_version(cli: Cli) -> None:
+    assert "ONNX Runtime" in cli("--version").out
 
 
 def test_usage_errors_exit_2(cli: Cli) -> None:
@@ -276,6 +319,7 @@ def test_interrupt_writes_nothing(model: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
+    assert "interrupted; nothing was written" in err
     assert "Traceback" not in err
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".onnx" or p.name.startswith(".")) == ["net.onnx"]
 

@@ -225,7 +225,7 @@ class TestValidate:
     def test_nothing_finite_is_said(self) -> None:
         samples = [{"x": np.full((1, 16), np.nan, np.float32)}]
         result = validate(linear(WEIGHT), linear(WEIGHT), samples)
-        assert result.ok
+        assert result.failures == ["no output has a finite value on these samples: nothing was compared"]
         assert result.notes == ["output 'y' has no finite value on these samples: nothing was compared"]
 
     def test_location(self) -> None:
@@ -363,3 +363,16 @@ class TestProviders:
 
 def test_floor_tolerance() -> None:
     assert floor_tolerance(1e-5) == Tolerance(1e-5, slices=30 * 1e-5, log=1e-4)
+
+
+def test_empty_outputs_agree() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }
+    """)
+    assert validate(model, model, [{"x": np.zeros((0, 4), np.float32)}]).ok
+
+
+def test_a_negative_tolerance_is_refused() -> None:
+    with pytest.raises(SpecError, match="negative"):
+        validate(demo_model(), demo_model(), rtol=-1.0)

@@ -176,12 +176,18 @@ class Edit:
         if not self.is_output(old):
             replace_uses(old, new)
             return True
-        producer = new.inputs[0]
-        for former in list(old.inputs):
-            replace_output(former, old, gs.Variable.empty())
-        replace_output(producer, new, old)
+        self.hand_over(new.inputs[0], new, old)
         replace_uses(new, old)
         return True
+
+    def hand_over(self, producer: gs.Node, made: gs.Tensor, old: gs.Tensor) -> None:
+        """Make `producer` produce `old` in place of its output `made`: where its value becomes that of `old`.
+
+        Names keep their meaning that way, which is what comparing two models tensor by tensor stands on.
+        """
+        for former in list(old.inputs):
+            replace_output(former, old, gs.Variable.empty())
+        replace_output(producer, made, old)
 
     def _shadowed(self, old: gs.Tensor, new: gs.Tensor) -> bool:
         """Tell whether a subgraph that reads `old` would take the name of `new` for a tensor of its own."""

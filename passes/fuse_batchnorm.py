@@ -60,7 +60,7 @@ def _fused(edit: Edit, ctx: Context, node: gs.Node, norm: gs.Node) -> Change:
         edit.set_input(node, 2, ctx.constant(f"{node.outputs[0].name}/bias", bias))
         if node.op == "Gemm":
             node.attrs.pop("beta", None)
-        edit.bypass(norm.outputs[0], node.outputs[0])
+        edit.hand_over(node, node.outputs[0], norm.outputs[0])
         edit.remove(norm)
 
     return Change(label(norm), what, f"scale and shift go into '{node.inputs[1].name}'", apply)

@@ -194,8 +194,7 @@ def bench(
     Args:
         a: the model to compare with; a path is loaded by ORT as it lies there.
         b: the model to time.
-        samples: feeds for both in any form that `load_samples` takes; at most the first `MAX_FEEDS` are used.
-            None makes one random feed.
+        samples: feeds for both in any form that `load_samples` takes, the first `MAX_FEEDS`; None: one random feed.
         rounds: rounds of fresh sessions; None takes ten, and more while the interval is wider than `precision`.
         warmup: untimed runs of each session in each round.
         threads: ORT's intra-op threads.
@@ -225,10 +224,7 @@ def bench(
     with _on_disk((a, b)) as paths:
         timer = _Timer(paths, feeds, plan, seed, threads=threads, provider=provider, custom_ops=custom_ops)
         record = timer.run(confidence)
-        peaks = [
-            peak_memory(p, feeds[0], threads=threads, provider=provider, custom_ops=custom_ops) if memory else None
-            for p in paths
-        ]
+        peaks = timer.peaks() if memory else (None, None)
     models = [_summary(m, n, record, i, peaks[i]) for i, (m, n) in enumerate(((a, "a"), (b, "b")))]
     return Bench(
         models[0], models[1], record.ratio(confidence, seed), paired(*record.wall, confidence=confidence, seed=seed),
@@ -290,6 +286,11 @@ class _Timer:
             if record.ratio(confidence, self.seed).width <= self.plan.precision:
                 return record
             wanted *= 2
+
+    def peaks(self) -> tuple[int | None, ...]:
+        """Return the peak memory of each model, each in a process of its own."""
+        options: dict[str, Any] = {"threads": self.threads, "provider": self.provider, "custom_ops": self.custom_ops}
+        return tuple(peak_memory(path, self.feeds[0], **options) for path in self.paths)
 
     def _session(self, path: Path) -> Session:
         config = _SPINNING if self.threads != 1 else {}

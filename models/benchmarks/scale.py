@@ -3,7 +3,7 @@
     python -m graphopt.models.benchmarks.scale [--nodes] [--weights] [--output docs/scale.md]
 
 Nodes: made-up graphs of 5,000 and 50,000 nodes go through load, default pipeline and save, each in a process of
-its own; the larger may take 20 times as long.  Weights: a model of 3 GB in external data is optimised with
+its own; the larger may take 20 times as long (processor time, where the machine has other work).  Weights: a model of 3 GB in external data is optimised with
 structural checks; its process may hold 1.6 times as much memory.  Needs 8 GB of free disk for a while.
 """
 
@@ -228,7 +228,7 @@ def run_child(source: Path, result: Path) -> dict[str, Any]:
 def measure_nodes(folder: Path) -> tuple[str, bool]:
     """Return the table of graphs with many nodes, and whether all are fast enough."""
     few, many = SIZES
-    text = f"| graph | {few:,} nodes, s | {many:,} nodes, s | times | CPU times | nodes left | changed by |\n"
+    text = f"| graph | {few:,} nodes, s | {many:,} nodes, s | times | in processor time | nodes left | changed by |\n"
     text += "|---|---|---|---|---|---|---|\n"
     fine = True
     for kind in KINDS:
@@ -239,7 +239,7 @@ def measure_nodes(folder: Path) -> tuple[str, bool]:
             taken.append(run_child(source, folder / "out.onnx"))
         small, large = taken
         times, cpu = large["seconds"] / small["seconds"], large["cpu_seconds"] / small["cpu_seconds"]
-        fine &= times <= MOST_TIMES
+        fine &= min(times, cpu) <= MOST_TIMES  # other work on the machine shows in the first only
         text += (
             f"| {kind} | {small['seconds']:.1f} | {large['seconds']:.1f} | {times:.1f} | {cpu:.1f} "
             f"| {large['after']:,} | {', '.join(large['changed']) or 'nothing'} |\n"

@@ -3,8 +3,9 @@
     python -m graphopt.models.benchmarks.scale [--nodes] [--weights] [--output docs/scale.md]
 
 Nodes: made-up graphs of 5,000 and 50,000 nodes go through load, default pipeline and save, each in a process of
-its own; the larger may take 20 times as long (processor time, where the machine has other work).  Weights: a model of 3 GB in external data is optimised with
-structural checks; its process may hold 1.6 times as much memory.  Needs 8 GB of free disk for a while.
+its own; the larger may take 20 times as long (processor time, where the machine has other work).  Weights: a model
+of 3 GB in external data is optimised with structural checks; its process may hold 1.6 times as much memory.  Needs
+8 GB of free disk for a while.
 """
 
 from __future__ import annotations

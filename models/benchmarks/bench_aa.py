@@ -19,6 +19,14 @@ from graphopt.models import zoo
 from graphopt.ratio import Ratio
 from graphopt.timing import Bench, bench
 
+INTRODUCTION = """\
+# A model timed against itself
+
+Made by `python -m graphopt.models.benchmarks.bench_aa --output docs/bench-aa.md`: `bench A A`, twenty times each.
+The true ratio is 1; a 95 % interval should contain it in at least 18 of 20.
+
+"""
+
 HEADER = """\
 | model | median, ms | clock | intervals with 1.0 | width: median | largest | ratios | seconds each | load average |
 |---|---|---|---|---|---|---|---|---|
@@ -95,7 +103,7 @@ def main() -> None:
     print(text)
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
     if options.output:
-        options.output.write_text(f"# A model timed against itself\n\n{text}", encoding="utf-8")
+        options.output.write_text(INTRODUCTION + text, encoding="utf-8")
     if any(outcome.held < 0.9 * len(outcome.runs) for outcome in outcomes):
         sys.exit(1)
 

@@ -170,10 +170,15 @@ def verification_line(verification: dict[str, Any], samples: str | None) -> str:
     return f"verified on {samples}: {reached}, ONNX Runtime optimisations off and on"
 
 
+CLOCKS = {"cpu": "processor time", "wall": "wall time"}
+"""What a ratio is measured by, in words."""
+
+
 def timing_line(timing: dict[str, Any]) -> str:
     """Return what the profit gate measured."""
     low, high = timing["interval"]
     return (
         f"latency ratio {timing['ratio']:.3f} (95 % interval {low:.3f}–{high:.3f}) of the input in ONNX Runtime, "
-        f"{timing['threads']} thread{'s' if timing['threads'] != 1 else ''}, {timing['provider']}"
+        f"{timing['threads']} thread{'s' if timing['threads'] != 1 else ''}, {timing['provider']}, "
+        f"by {CLOCKS[timing['clock']]}"
     )

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.report import human_bytes, render
+from graphopt.report import CLOCKS, human_bytes, render
 
 if TYPE_CHECKING:
     from graphopt.demo import Demonstration
@@ -116,6 +116,8 @@ def bench(result: Bench) -> Group:
         f"B takes {result.ratio:.3f} of A's time (95 % interval {low:.3f}–{high:.3f}, {result.paired.pairs} pairs)",
         f"on {result.samples}; {conditions.get('threads', 1)} thread(s), {conditions.get('provider', 'cpu')}",
     ]
+    clock, wall = result.paired.conditions["clock"], result.wall
+    verdict.append(f"the ratio is by {CLOCKS[clock]}; by wall time {wall.median:.3f} ({wall.low:.3f}–{wall.high:.3f})")
     return Group(grid(columns, rows, columns[1:]), *lines(verdict))
 
 

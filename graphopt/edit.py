@@ -29,11 +29,6 @@ def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     return any(tensor is t for t in graph.outputs)
 
 
-def is_input(graph: gs.Graph, tensor: gs.Tensor) -> bool:
-    """Tell whether `tensor` is an input of `graph`."""
-    return any(tensor is t for t in graph.inputs)
-
-
 def subgraphs(node: gs.Node) -> list[gs.Graph]:
     """Return the graphs that a node holds as attributes (not those within them)."""
     return [a for a in node.attrs.values() if isinstance(a, gs.Graph)]

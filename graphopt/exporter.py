@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from graphopt.errors import InternalError, ModelError
+from graphopt.errors import ModelError
 from graphopt.importer import (
     GraphOrigin,
     NodeOrigin,
@@ -357,11 +357,3 @@ def _schema_type(node: gs.Node, name: str) -> int | None:
         return None
     attribute: Any = schema.attributes.get(name)
     return int(attribute.type) if attribute is not None else None
-
-
-def require_named(graph: gs.Graph) -> None:
-    """Raise InternalError for a used tensor without a name (a pass forgot to give it one)."""
-    for node in graph.nodes:
-        for tensor in node.inputs:
-            if not tensor.name and tensor.inputs:
-                raise InternalError(f"a tensor made by {tensor.inputs[0].op} has no name")

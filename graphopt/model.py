@@ -7,7 +7,7 @@ holds.  Weights are read from the mapped file only when a pass asks for them, an
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from graphopt.exporter import Exporter, Place, inline, untouched
 from graphopt.external import ModelFile, atomic_write, digest
 from graphopt.importer import Importer, NodeOrigin, Values, opset_of, origin, shell_of
 from graphopt.sanity import check_graphs, check_proto
-from graphopt.tensors import LazySparse, LazyTensor, onnx_dtype
+from graphopt.tensors import LazySparse, LazyTensor, mappings, onnx_dtype, release
 from graphopt.wire import MAPPED
 
 Source: TypeAlias = "str | Path | onnx.ModelProto | Model"
@@ -212,20 +212,20 @@ class Model:
     def _save_external(self, path: Path) -> Path:
         """Write the weights, then the model; return the data file.  It goes again if the model cannot be written."""
         large = {id(v): v for v in self.weights() if _can_be_external(v)}
-        data_file = path.parent / f"{path.name}.{digest(_raw(v) for v in large.values())}.data"
+        data_file = path.parent / f"{path.name}.{digest(_in_turn(large.values()))}.data"
         existed = data_file.exists()
-        offsets: dict[int, int] = {}
+        places: dict[int, dict[str, object]] = {}
+        mapped = mappings(large.values())
         with atomic_write(data_file) as file:
             for key, values in large.items():
                 file.write(b"\0" * (-file.tell() % _PAGE))
-                offsets[key] = file.tell()
+                start = file.tell()
                 file.write(_raw(values))
+                places[key] = {"location": data_file.name, "offset": start, "length": file.tell() - start}
+                release(mapped)
 
         def place(name: str, values: Values) -> TensorProto:
-            if id(values) not in offsets:
-                return inline(name, values)
-            entries = {"location": data_file.name, "offset": offsets[id(values)], "length": len(_raw(values))}
-            return _elsewhere(name, values, entries)
+            return _elsewhere(name, values, places[id(values)]) if id(values) in places else inline(name, values)
 
         try:
             _write(path, self.emit(place))
@@ -352,6 +352,14 @@ def _can_be_external(values: Values) -> bool:
     if isinstance(values, LazySparse) or values.nbytes < _SMALL:
         return False
     return values.dtype.kind not in "OSU"
+
+
+def _in_turn(weights: Collection[Values]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of each weight, giving back the memory of each before the next."""
+    mapped = mappings(weights)
+    for values in weights:
+        yield _raw(values)
+        release(mapped)
 
 
 def _raw(values: Values) -> bytes | memoryview:

@@ -13,9 +13,6 @@ NONDETERMINISTIC = frozenset(
 )
 """Each run may give another result."""
 
-CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
-"""Operators that run subgraphs."""
-
 QUANTIZE = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
 DEQUANTIZE = frozenset({"DequantizeLinear"})
 

@@ -59,7 +59,7 @@ def optimize(
         data: samples as in `load_samples`; None makes random ones.
         measure: time the result against the input in ORT, and keep the input where the result is slower.
         verify: numeric check after each pass, at the end, or off.
-        opset: upgrade to at least this opset first; None leaves it.
+        opset: upgrade to at least this opset first; None leaves it.  Of the default pipeline only.
         seed: for random feeds and the order of timings.
         threads: ORT's intra-op threads for the measurement.
         provider: where the result will run.
@@ -72,6 +72,8 @@ def optimize(
         GraphoptError: the model or the samples are not usable.
     """
     started = time.perf_counter()
+    if pipeline is not None and opset not in (None, DEFAULT_OPSET):
+        raise SpecError("opset belongs to the default pipeline", hint=f"put upgrade-opset{{to={opset}}} into yours")
     chosen = default_pipeline(opset) if pipeline is None else pipeline
     chosen = Pipeline(chosen) if isinstance(chosen, str) else chosen
     original = load(model)
@@ -82,11 +84,11 @@ def optimize(
         settings or Settings(), verify=verify, seed=seed, target=Target(provider, threads), on_failure=on_failure
     )
     result = chosen.run(original, samples=samples, settings=settings)
+    if pipeline is None and opset not in (None, DEFAULT_OPSET) and result.report.opset_after < (opset or 0):
+        _refuse_opset(result.report, opset or 0)
     if measure:
         assert samples is not None
         result = keep_if_it_pays(original, result, samples, settings)
-    if pipeline is None and opset not in (None, DEFAULT_OPSET) and result.report.opset_after < (opset or 0):
-        _refuse_opset(result.report, opset or 0)
     result.report.environment = environment.describe()
     result.report.seconds = time.perf_counter() - started
     return result
@@ -114,6 +116,8 @@ def keep_if_it_pays(original: Model, result: Result, samples: Samples, settings:
     report.reason = (
         f"the result was not faster: {ratio.median:.3f} of the input's latency ({ratio.low:.3f} to {ratio.high:.3f})"
     )
+    if report.opset_after != report.opset_before:
+        report.reason += f"; so it stays at opset {report.opset_before} (measure=False, --no-measure, upgrades it)"
     report.after, report.opset_after = report.before, report.opset_before
     return Result(original.copy(), report)
 

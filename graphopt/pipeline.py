@@ -30,6 +30,7 @@ from graphopt.reproducer import save_reproducer
 from graphopt.runtime import evaluate
 from graphopt.samples import Samples
 from graphopt.structure import Structure
+from graphopt.tensors import mappings, release
 from graphopt.validate import Reference, Validation
 
 Verify = Literal["each", "end", "off"]
@@ -37,6 +38,10 @@ OnFailure = Literal["continue", "stop"]
 Printer = Callable[[str], None]
 
 COLLECT_BYTES = 1 << 26
+"""Bytes of replaced weights from which garbage is collected."""
+
+RELEASE_ABOVE = 1 << 28
+"""Bytes of weights from which pages of the file are given back after each change that may have read them."""
 
 MAX_BLOCKED = 200
 """Near misses kept per pass in the report."""
@@ -193,6 +198,7 @@ class Run:
         self.applied = 0
         self.last_change = ""
         self.stopped = False
+        self._mapped = mappings(model.weights()) if model.weight_bytes() > RELEASE_ABOVE else []
         self.snapshot = self.model.snapshot()
         self._pending = self.snapshot
         self.exactness: Exactness = "exact"
@@ -292,6 +298,7 @@ class Run:
         if self.settings.limit is not None and self.applied >= self.settings.limit:
             return
         change.apply()
+        release(self._mapped)
         self.applied += 1
         self.last_change = f"{record.name}: {change.where}: {change.what}"
         record.changes += 1

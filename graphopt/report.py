@@ -73,14 +73,6 @@ class Report:
         """Passes that were rolled back."""
         return [record for record in self.passes if record.failure]
 
-    @property
-    def firings(self) -> dict[str, int]:
-        """How many changes each pass made."""
-        counts: dict[str, int] = {}
-        for record in self.passes:
-            counts[record.name] = counts.get(record.name, 0) + (record.changes if record.status == "changed" else 0)
-        return counts
-
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
         return asdict(self)

@@ -276,14 +276,6 @@ def evaluate(
     return session.run(feeds, outputs)
 
 
-def optimized_proto(model: Runnable, *, optimization: Optimization = "all", provider: str = "cpu") -> onnx.ModelProto:
-    """Return the graph that ORT makes of the model and really runs."""
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        path = Path(folder) / "optimized.onnx"
-        Session(model, optimization=optimization, provider=provider, optimized_path=path)
-        return onnx.load(path)
-
-
 def ort_errors() -> tuple[type[Exception], ...]:
     """Return the exception classes that ORT raises; they share no base of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # noqa: PLC0415

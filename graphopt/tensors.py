@@ -8,8 +8,9 @@ is still the one loaded here is known to be unedited and its proto is emitted as
 from __future__ import annotations
 
 import math
+import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -270,6 +271,21 @@ def _stored_elements(proto: TensorProto) -> int:
     if proto.data_type in _FIELD_BITS:
         return (count * _FIELD_BITS[proto.data_type] + 7) // 8
     return count
+
+
+def mappings(weights: Iterable[object]) -> list[mmap.mmap]:
+    """Return the mapped files that these weights lie in, each once."""
+    views = (values.data for values in weights if isinstance(values, LazyTensor) and values.data is not None)
+    found = {id(view.obj): view.obj for view in views}
+    return [mapped for mapped in found.values() if isinstance(mapped, mmap.mmap)]
+
+
+def release(mapped: Iterable[mmap.mmap]) -> None:
+    """Give back the memory of pages already read; who reads them again gets them from the file again."""
+    advice = getattr(mmap, "MADV_DONTNEED", None)  # not on Windows
+    if advice is not None:
+        for one in mapped:
+            one.madvise(advice)
 
 
 def encode(values: np.ndarray[Any, Any], name: str) -> TensorProto:

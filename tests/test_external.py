@@ -16,7 +16,7 @@ import graphopt.model
 from graphopt.errors import ModelError
 from graphopt.model import load
 from graphopt.runtime import Session
-from graphopt.tensors import LazyTensor
+from graphopt.tensors import LazyTensor, mappings, release
 
 WEIGHT = np.arange(3000, dtype=np.float32).reshape(2, 1500)
 
@@ -277,3 +277,15 @@ def test_saving_writes_only_beside_the_output(tmp_path: Path, monkeypatch: pytes
         np.testing.assert_array_equal(load(path).constants()[0].values, WEIGHT + i)
     assert (source / "w.data").read_bytes() == WEIGHT.tobytes()
     assert len(list(source.iterdir())) == 3  # the data of the versions before is gone
+
+
+def test_pages_given_back_are_read_again(tmp_path: Path) -> None:
+    model = load(write(tmp_path, external(location="w.data"), WEIGHT.tobytes()))
+    (constant,) = model.constants()
+    before = constant.values
+    mapped = mappings(model.weights())
+    assert len(mapped) == 1
+    release(mapped)
+    np.testing.assert_array_equal(before, WEIGHT)
+    model.save(tmp_path / "again.onnx")
+    np.testing.assert_array_equal(load(tmp_path / "again.onnx").constants()[0].values, WEIGHT)

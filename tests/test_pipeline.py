@@ -19,6 +19,7 @@ from graphopt.data import load_samples
 from graphopt.edit import Edit
 from graphopt.errors import ModelError, SpecError
 from graphopt.pipeline import StopPipelineError, bisect
+from graphopt.ratio import Ratio
 from graphopt.registry import register
 
 
@@ -304,3 +305,19 @@ def test_custom_operators_are_kept_and_not_run_unless_their_library_is_named(tmp
     (tmp_path / "text.so").write_text("no library")
     with pytest.raises(ModelError, match="not a library of custom operators"):
         graphopt.optimize(graphopt.load(model, custom_ops=[tmp_path / "text.so"]))
+
+
+def test_an_opset_beside_a_pipeline_of_ones_own_is_refused() -> None:
+    with pytest.raises(SpecError, match="belongs to the default pipeline") as caught:
+        graphopt.optimize(small_model(), pipeline="eliminate-dead", opset=20)
+    assert caught.value.hint == "put upgrade-opset{to=20} into yours"
+
+
+def test_an_input_that_is_kept_says_which_opset_it_stays_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    slower = Ratio(1.5, 1.4, 1.6, conditions={"threads": 1, "provider": "cpu", "clock": "wall"})
+    monkeypatch.setattr("graphopt.optimizer.quick_ratio", lambda *_, **__: slower)
+    result = graphopt.optimize(small_model(), opset=20)
+    assert result.report.decision == "input kept"
+    assert "stays at opset 17" in str(result.report.reason)
+    assert result.model.opset == 17
+    assert result.proto == small_model()

@@ -38,10 +38,19 @@ class Change:
 
 @dataclass(frozen=True)
 class Target:
-    """The machine that the result will run on."""
+    """What the result will run on.
+
+    Attributes:
+        provider: short name of the execution provider.
+        threads: ORT's intra-op threads.
+        contrib: whether operators of ORT's own domains (`com.microsoft` and so on) may be used.
+        here: whether that is this machine; facts read off this one hold only there.
+    """
 
     provider: str = "cpu"
     threads: int = 1
+    contrib: bool = False
+    here: bool = True
 
 
 @dataclass
@@ -124,6 +133,10 @@ class Pass:
         scope: `graph` runs on each graph (subgraphs and function bodies too, inner ones last), `model` once.
         stage: `canonical`, or `lowering` for what depends on the target.
         changes_signature: whether it may change input and output names or types (its docstring says how).
+        optional: whether the result is as good without it where it does not make the model faster: `optimize` times
+            such a pass and leaves it out where it does not pay.
+        variants: other settings of its options, as different ways to the same end; `optimize` times each.
+        default_on: whether an optional pass runs where nothing is timed.
     """
 
     name: ClassVar[str] = ""
@@ -131,6 +144,9 @@ class Pass:
     scope: ClassVar[Literal["graph", "model"]] = "graph"
     stage: ClassVar[Literal["canonical", "lowering"]] = "canonical"
     changes_signature: ClassVar[bool] = False
+    optional: ClassVar[bool] = False
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    default_on: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose changes to `graph`."""

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import onnx
 
@@ -36,6 +36,8 @@ from graphopt.validate import Reference, Validation
 Verify = Literal["each", "end", "off"]
 OnFailure = Literal["continue", "stop"]
 Printer = Callable[[str], None]
+Site: TypeAlias = tuple[str, str, str]
+"""One place of one pass: the pass's name, and the change's `where` and `what`."""
 
 COLLECT_BYTES = 1 << 26
 """Bytes of replaced weights from which garbage is collected."""
@@ -60,6 +62,7 @@ class Settings:
         print_after: pass names whose text diff is printed, or `all`.
         stop_after: name of a pass after whose first run the pipeline ends.
         limit: apply only the first `limit` changes (what bisection varies).
+        skip: changes that are not applied: measured, and found not to pay.
         reproducers: folder for reproducers of failing passes, None to write none.
         printer: takes what `print_after` prints.
     """
@@ -71,6 +74,7 @@ class Settings:
     print_after: frozenset[str] = frozenset()
     stop_after: str | None = None
     limit: int | None = None
+    skip: frozenset[Site] = frozenset()
     reproducers: Path | None = None
     printer: Printer = print
 
@@ -87,10 +91,11 @@ class Settings:
 
 @dataclass
 class Result:
-    """A finished run: the model, and what was done to it."""
+    """A finished run: the model, what was done to it, and at which places optional passes changed it."""
 
     model: Model
     report: Report
+    sites: list[Site] = field(default_factory=list)
 
     @property
     def proto(self) -> onnx.ModelProto:
@@ -202,6 +207,7 @@ class Run:
         self.snapshot = self.model.snapshot()
         self._pending = self.snapshot
         self.exactness: Exactness = "exact"
+        self.sites: dict[Site, None] = {}
         self.size = size_of(model)
         self.report = Report(
             model=str(model.path or "<memory>"), pipeline=str(pipeline), seed=settings.seed,
@@ -228,7 +234,7 @@ class Run:
         self.report.after = self.size
         self.report.opset_after = self.model.opset
         self.report.seconds = time.perf_counter() - started
-        return Result(self.model, self.report)
+        return Result(self.model, self.report, list(self.sites))
 
     def _steps(self, steps: Sequence[spec.Step]) -> bool:
         """Run steps in order; return whether any changed the model."""
@@ -278,7 +284,7 @@ class Run:
         graphs = list(self.model.graphs()) if step.scope == "graph" else [self.model.graph]
         for graph in graphs:
             for change in step.run(graph, context):
-                self._change(change, record)
+                self._change(change, record, step)
         record.notes += context.notes
         for graph in self.model.graphs():
             sort_nodes(graph)
@@ -290,15 +296,20 @@ class Run:
         self._pending = after
         return True
 
-    def _change(self, change: Change, record: PassRecord) -> None:
-        if change.apply is None:
+    def _change(self, change: Change, record: PassRecord, step: Pass) -> None:
+        site = (step.name, change.where, change.what)
+        left_out = site in self.settings.skip
+        if change.apply is None or left_out:
             if len(record.blocked) < MAX_BLOCKED:
-                record.blocked.append({"where": change.where, "what": change.what, "why": change.why})
+                why = "left out: it does not pay here" if left_out else change.why
+                record.blocked.append({"where": change.where, "what": change.what, "why": why})
             return
         if self.settings.limit is not None and self.applied >= self.settings.limit:
             return
         change.apply()
         release(self._mapped)
+        if step.optional:
+            self.sites[site] = None
         self.applied += 1
         self.last_change = f"{record.name}: {change.where}: {change.what}"
         record.changes += 1
@@ -351,6 +362,7 @@ class Run:
         self.size = size_of(self.model)
         self.exactness, self.stopped = "exact", False
         self.report.passes.clear()
+        self.sites.clear()
         self.settings = Settings(**{**vars(self.settings), "verify": "each"})
         self._steps(self.pipeline.steps)
         self._conclude(self.reference.check(self.model, exactness=self.exactness))

@@ -35,6 +35,7 @@ class FuseBatchnorm(Pass):
     """
 
     name: ClassVar[str] = "fuse-batchnorm"
+    optional: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose one change per BatchNormalization behind an operator with weights."""

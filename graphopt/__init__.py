@@ -4,6 +4,7 @@ result = graphopt.optimize("model.onnx")
 result.save("model.fast.onnx")
 """
 
+from graphopt import interrupt as _interrupt  # first: what follows takes time, and Ctrl-C may come
 from graphopt.base import Change, Context, Pass, Target
 from graphopt.data import load_samples
 from graphopt.errors import GateMissedError, GraphoptError, InputError, InternalError
@@ -16,6 +17,7 @@ from graphopt.timing import bench
 from graphopt.validate import validate
 
 __version__ = "0.1.0"
+del _interrupt
 
 __all__ = [
     "Change",

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import sys
-import tempfile
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from graphopt import registry, report, tables
+from graphopt.console import emit, out, print_diff, working
+from graphopt.console import run as run_app
 from graphopt.errors import GraphoptError, SpecError
 from graphopt.options import (
     AsJson,
@@ -42,14 +36,6 @@ app = typer.Typer(
     name="graphopt", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     epilog="Exit codes: 0 done, 1 a gate or validation was missed, 2 the input is wrong, 3 a bug in graphopt.",
 )  # fmt: skip
-UNWRAPPED = 100_000
-"""Columns for output that goes into a pipe or file: lines stay whole there."""
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C (128 + SIGINT, as shells have it)."""
-
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else UNWRAPPED)
-err = Console(stderr=True, soft_wrap=True, highlight=False, width=None if sys.stderr.isatty() else UNWRAPPED)
 
 
 @app.callback()
@@ -105,9 +91,9 @@ def optimize(
     _load_plugins(plugin)
     settings = Settings(
         print_after=_known_passes(print_after), stop_after=_known_pass(stop_after),
-        reproducers=_reproducers(reproducers, output), printer=_print_diff,
+        reproducers=_reproducers(reproducers, output), printer=print_diff,
     )  # fmt: skip
-    with _working(f"optimizing {model.name}", as_json):
+    with working(f"optimizing {model.name}", as_json):
         result = run_optimize(
             load(model, custom_ops=custom_ops or ()), pipeline=_pipeline(pipeline) if pipeline else None, data=data,
             measure=measure, verify=verify,
@@ -161,18 +147,18 @@ def run(
     settings = Settings(
         verify=verify, on_failure=on_failure, seed=seed, target=Target(provider, threads),
         print_after=_known_passes(print_after), stop_after=_known_pass(stop_after),
-        reproducers=_reproducers(reproducers, output), printer=_print_diff,
+        reproducers=_reproducers(reproducers, output), printer=print_diff,
     )  # fmt: skip
     loaded = load(model, custom_ops=custom_ops or ())
     samples = None
     if verify != "off" or bisect or data is not None:
         samples = load_samples(data, loaded, batch=batch, seed=seed, shapes=_shapes(shape))
     if bisect:
-        with _working("bisecting", as_json):
+        with working("bisecting", as_json):
             found = run_bisect(chosen, loaded, samples=samples, settings=settings)
-        _emit({"bisect": found}, as_json, found)
+        emit({"bisect": found}, as_json, found)
         return
-    with _working(f"running {len(chosen.steps)} steps", as_json):
+    with working(f"running {len(chosen.steps)} steps", as_json):
         result = chosen.run(loaded, samples=samples, settings=settings)
     _finish(result, output, as_json)
 
@@ -219,13 +205,13 @@ def validate(
         raise SpecError("--max-drop needs a metric", hint="--eval FILE.py:FUNCTION")
     first = load(reference, custom_ops=custom_ops or ())
     samples = load_samples(data, first, batch=batch, seed=seed, shapes=_shapes(shape))
-    with _working("comparing", as_json):
+    with working("comparing", as_json):
         result = run_validate(
             first, load(candidate, custom_ops=custom_ops or ()), samples,
             rtol=tolerance, evaluate=evaluate, max_drop=max_drop, locate=locate,
             provider=provider, other_provider=other_provider, threads=threads, seed=seed,
         )  # fmt: skip
-    _emit(result.to_dict(), as_json, tables.validation(result))
+    emit(result.to_dict(), as_json, tables.validation(result))
     if not result.ok:
         raise typer.Exit(1)
 
@@ -267,7 +253,7 @@ def bench(
     shown: list[Any] = []
     if second is not None:
         other = load(second, custom_ops=custom_ops or ())
-        with _working("timing", as_json):
+        with working("timing", as_json):
             timed = run_bench(
                 model, other, samples, rounds=rounds, memory=memory, threads=threads, provider=provider, seed=seed
             )
@@ -278,7 +264,7 @@ def bench(
             profile = run_per_node(loaded, samples, threads=threads, provider=provider)
             document.setdefault("per_node", {})[str(path)] = profile.to_dict()
             shown.append(tables.per_node(profile, path.name))
-    _emit(document, as_json, *shown)
+    emit(document, as_json, *shown)
 
 
 @app.command()
@@ -292,7 +278,7 @@ def inspect(
     from graphopt.inspect import inspect as run_inspect  # noqa: PLC0415
 
     found = run_inspect(model, shapes=_shapes(shape))
-    _emit(found.to_dict(), as_json, tables.inspection(found, nodes=nodes))
+    emit(found.to_dict(), as_json, tables.inspection(found, nodes=nodes))
 
 
 @app.command()
@@ -315,7 +301,7 @@ def passes(plugin: Plugins = None, as_json: AsJson = False) -> None:
     for row in rows:
         options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
         table.add_row(row["name"], options, row["exactness"], row["summary"])
-    _emit({"passes": rows}, as_json, table)
+    emit({"passes": rows}, as_json, table)
 
 
 @app.command()
@@ -324,11 +310,11 @@ def demo(output: Output = None, seed: Seed = 0, as_json: AsJson = False) -> None
     from graphopt.demo import run_demo  # noqa: PLC0415
 
     _check_output(output)
-    with _working("optimizing the digits model", as_json):
+    with working("optimizing the digits model", as_json):
         result = run_demo(seed)
     if output is not None:
         result.optimized.save(output)
-    _emit(result.to_dict(), as_json, tables.demonstration(result, output))
+    emit(result.to_dict(), as_json, tables.demonstration(result, output))
 
 
 @app.command()
@@ -343,13 +329,13 @@ def zoo(
 
     if not names:
         rows = catalogue.rows()
-        _emit({"models": rows}, as_json, tables.grid(("name", "group", "from", "licence", "inputs"), rows))
+        emit({"models": rows}, as_json, tables.grid(("name", "group", "from", "licence", "inputs"), rows))
         return
-    with _working("fetching", as_json):
+    with working("fetching", as_json):
         found = catalogue.fetch([] if names == ["all"] else names)
     missing = {name: error for name, error in found.items() if isinstance(error, GraphoptError)}
     paths = {name: str(path) for name, path in found.items() if name not in missing}
-    _emit({**paths, **{name: {"error": str(e)} for name, e in missing.items()}}, as_json, "\n".join(paths.values()))
+    emit({**paths, **{name: {"error": str(e)} for name, e in missing.items()}}, as_json, "\n".join(paths.values()))
     if missing:
         name, error = next(iter(missing.items()))
         raise type(error)(error.what, at=f"{name}: {error.at}" if error.at else name, hint=error.hint)
@@ -361,35 +347,7 @@ def _finish(result: Any, output: Path | None, as_json: bool) -> None:
         result.save(output)
     document = {**result.report.to_dict(), "output": str(output) if output else None}
     written = f"wrote {output}" if output else "nothing written: give -o OUT"
-    _emit(document, as_json, report.render(result.report), written)
-
-
-def _emit(document: Any, as_json: bool, *shown: Any) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(document, indent=2, default=_plain, allow_nan=False) + "\n")
-        return
-    for part in shown:
-        out.print(part)
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "item"):
-        return value.item()
-    return str(value)
-
-
-def _print_diff(text: str) -> None:
-    err.print(text, markup=False, end="")
-
-
-@contextlib.contextmanager
-def _working(what: str, as_json: bool) -> Iterator[None]:
-    """Show a spinner on stderr while working, on a terminal only."""
-    if as_json or not err.is_terminal:
-        yield
-        return
-    with err.status(what):
-        yield
+    emit(document, as_json, report.render(result.report), written)
 
 
 def _check_output(output: Path | None) -> None:
@@ -451,41 +409,6 @@ def _shapes(given: list[str] | None) -> dict[str, tuple[int, ...]] | None:
     return shapes
 
 
-def _fail(error: GraphoptError) -> NoReturn:
-    if "--json" in sys.argv:
-        document = {"what": error.what, "at": error.at, "hint": error.hint, "exit_code": error.exit_code}
-        _emit({"error": document}, as_json=True)
-    err.print(f"error: {error}", markup=False, style="red")
-    sys.exit(error.exit_code)
-
-
-def _bug(error: BaseException) -> NoReturn:
-    """Report a bug of ours: where the details are, exit code 3."""
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="graphopt-bug-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(" ".join(sys.argv) + "\n\n" + "".join(traceback.format_exception(error)))
-    err.print(f"a bug in graphopt: {type(error).__name__}: {error}", markup=False, style="red")
-    err.print(f"  details: {file.name}\n  hint: please report it with that file", markup=False)
-    sys.exit(3)
-
-
 def main() -> None:
     """Run the command line; exit codes as in the help."""
-    try:
-        code = app(standalone_mode=False)
-    except GraphoptError as error:
-        _fail(error)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except Exception as error:  # noqa: BLE001  (the last resort: bugs get a file, not a traceback)
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's own
-            error.show()
-            sys.exit(error.exit_code)
-        _bug(error)
-    if code == INTERRUPTED:  # newer versions of typer give the code instead of raising
-        err.print("interrupted; nothing was written")
-    sys.exit(code if isinstance(code, int) else 0)
+    run_app(app)

@@ -36,6 +36,7 @@ from graphopt.validate import Reference, Validation
 Verify = Literal["each", "end", "off"]
 OnFailure = Literal["continue", "stop"]
 Printer = Callable[[str], None]
+Watch = Callable[[PassRecord, Change], None]
 Site: TypeAlias = tuple[str, str, str]
 """One place of one pass: the pass's name, and the change's `where` and `what`."""
 
@@ -65,6 +66,7 @@ class Settings:
         skip: changes that are not applied: measured, and found not to pay.
         reproducers: folder for reproducers of failing passes, None to write none.
         printer: takes what `print_after` prints.
+        watch: told of every change and near miss as passes propose them, with the record of the pass.
     """
 
     verify: Verify = "end"
@@ -77,6 +79,7 @@ class Settings:
     skip: frozenset[Site] = frozenset()
     reproducers: Path | None = None
     printer: Printer = print
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that are none of the choices.
@@ -297,6 +300,8 @@ class Run:
         return True
 
     def _change(self, change: Change, record: PassRecord, step: Pass) -> None:
+        if self.settings.watch is not None:
+            self.settings.watch(record, change)
         site = (step.name, change.where, change.what)
         left_out = site in self.settings.skip
         if change.apply is None or left_out:

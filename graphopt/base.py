@@ -102,6 +102,12 @@ class Context:
         self._names.add(name)
         return name
 
+    def holds_initializers(self, graph: gs.Graph) -> bool:
+        """Tell whether constants of a graph may be initializers: IR 3 allows them in the main graph only."""
+        if isinstance(graph, gs.Function):
+            return False
+        return graph is self.model.graph or self.model.ir_version >= 4
+
     def constant(self, base: str, values: np.ndarray[Any, Any]) -> gs.Constant:
         """Return a new constant with a free name."""
         return gs.Constant(self.fresh_name(base), np.asarray(values))

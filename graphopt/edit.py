@@ -96,7 +96,9 @@ class Edit:
 
     def is_used(self, tensor: gs.Tensor) -> bool:
         """Tell whether a node reads a tensor or this graph returns it."""
-        return self.is_output(tensor) or bool(self.consumers(tensor))
+        if self.is_output(tensor):
+            return True
+        return any(id(n) not in self._gone and any(t is tensor for t in n.inputs) for n in tensor.outputs)
 
     def sole_consumer(self, tensor: gs.Tensor) -> gs.Node | None:
         """Return the only node that reads a tensor, None where there are others or the graph returns it."""

@@ -85,12 +85,6 @@ class _Site:
     def opset(self) -> int:
         return int(self.graph.opset)
 
-    def holds_initializers(self) -> bool:
-        """Tell whether Constant nodes may become initializers here (IR 3 allows them in the main graph only)."""
-        if isinstance(self.graph, gs.Function):
-            return False
-        return self.graph is self.ctx.model.graph or self.ctx.model.ir_version >= 4
-
     def shape(self, tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
         return self.ctx.shapes.proved(tensor).shape
 
@@ -109,7 +103,7 @@ Rule = Callable[[_Site, gs.Node], Iterator[Change]]
 def _constant_node(site: _Site, node: gs.Node) -> Iterator[Change]:
     values = node_values(node)
     tensor = node.outputs[0]
-    if values is None or isinstance(values, LazySparse) or not site.holds_initializers():
+    if values is None or isinstance(values, LazySparse) or not site.ctx.holds_initializers(site.graph):
         return
 
     def apply() -> None:

@@ -79,6 +79,14 @@ class Shapes:
             self._doubting = _infer(self._model, self._inputs, trusting=False)
         return self._doubting.of(tensor) or TensorType(None, None)
 
+    def learn(self, tensor: gs.Tensor, found: TensorType) -> None:
+        """Take down the type of a tensor that a pass has made since."""
+        if self._doubting is None:
+            self._doubting = _infer(self._model, self._inputs, trusting=False)
+        self._doubting.add(tensor, found)
+        if self._trusting is not None:
+            self._trusting.add(tensor, found)
+
 
 def infer(model: Model, inputs: Mapping[str, Sequence[int]] | None = None) -> Shapes:
     """Return the types and shapes of the model as it is now.

@@ -259,10 +259,10 @@ def _exclusive(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[st
 
 def _rows(timed: Mapping[str, _Kernel], original: Trace, matches: Matches, runs: int) -> list[NodeTime]:
     total = sum(kernel.micros for kernel in timed.values()) or 1.0
-    matched = matches.of({name: kernel.op for name, kernel in timed.items()})
+    ran = matches.of({name: kernel.op for name, kernel in timed.items()})
     merged: dict[tuple[str, str], NodeTime] = {}
     for name, kernel in timed.items():
-        covered = matched.get(name) or original.by_name(name)
+        covered: Sequence[int] = matches.kernels[ran[name]].stands if name in ran else original.by_name(name)
         lead = original.lead(covered, kernel.op)
         label = name if lead is None else original.labels[lead]
         op = original.named_op(covered, kernel.op)

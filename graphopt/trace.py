@@ -17,33 +17,43 @@ from dataclasses import dataclass, field
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt.kernels import BLOCKED_DOMAIN, HEAVY, MOVERS, REORDERS
 from graphopt.model import Model
 
-_BLOCKED = "com.microsoft.nchwc"
-_MOVES = frozenset({"ReorderInput", "ReorderOutput"})
-_HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum"})
+
+@dataclass(frozen=True)
+class Kernel:
+    """A node of the graph that ORT made, and the original nodes that it stands for (by number, in file order)."""
+
+    node: onnx.NodeProto
+    stands: tuple[int, ...]
 
 
 @dataclass
 class Matches:
-    """Optimised nodes -> the original nodes they stand for (by number, in file order).
+    """What the nodes of the optimised graph stand for, in the order of the file that ORT wrote.
 
-    `unnamed` holds those without a name, by operator, in the order of the file that ORT wrote; in a profile they
-    are called after operator and a number of ORT's own.
+    In a profile, those without a name are called after operator and a number of ORT's own.
     """
 
-    named: dict[str, list[int]] = field(default_factory=dict)
-    unnamed: dict[str, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
+    kernels: list[Kernel] = field(default_factory=list)
 
-    def of(self, events: Mapping[str, str]) -> dict[str, list[int]]:
-        """Return what each profiled node (name -> operator, in the order in which they ran) stands for."""
-        found = {name: self.named[name] for name in events if name in self.named}
+    def of(self, events: Mapping[str, str]) -> dict[str, int]:
+        """Return which kernel each profiled node is (name -> operator, in the order in which they ran)."""
+        named: dict[str, int] = {}
+        unnamed: dict[str, list[int]] = defaultdict(list)
+        for k, kernel in enumerate(self.kernels):
+            if kernel.node.name:
+                named[kernel.node.name] = k
+            else:
+                unnamed[kernel.node.op_type].append(k)
+        found = {name: named[name] for name in events if name in named}
         numbered: dict[str, list[str]] = defaultdict(list)
         for name, op in events.items():
             if name not in found and re.fullmatch(rf"{re.escape(op)}_\d+", name):
                 numbered[op].append(name)
         for op, names in numbered.items():
-            candidates = self.unnamed.get(op, [])
+            candidates = unnamed.get(op, [])
             if len(candidates) == len(names):
                 found.update(zip(names, candidates, strict=True))
         return found
@@ -68,6 +78,7 @@ class Trace:
         calls = {(f.domain or "", f.name) for f in model.functions}
         self.calls = {i for i, n in enumerate(self.nodes) if (n.domain or "", n.op) in calls}
         self.made, self.called = self._unique_tensors(model)
+        self._aliases: dict[str, str] = {}
 
     def _unique_tensors(self, model: Model) -> tuple[dict[str, int], dict[str, int]]:
         """Return which node makes each tensor, and apart from those, which call of a function does."""
@@ -87,11 +98,10 @@ class Trace:
         name = re.sub(r"^.*_Inline_\d+__", "", name)
         stripped = True
         while stripped:
-            stripped = False
+            shorter = re.sub(r"^_if_(then|else)_branch_(token_\d+_)?", "", name)
             for function in self.functions:
-                match = re.match(rf"_inlfunc_{re.escape(function)}(_token_\d+)?_", name)
-                if match:
-                    name, stripped = name[match.end() :], True
+                shorter = re.sub(rf"^_inlfunc_{re.escape(function)}(_token_\d+)?_", "", shorter)
+            stripped, name = shorter != name, shorter
         return name
 
     def by_name(self, name: str) -> list[int]:
@@ -110,25 +120,46 @@ class Trace:
 
     def match(self, optimized: onnx.ModelProto) -> Matches:
         """Return which original nodes every node of the optimised graph stands for."""
-        ran = list(_all_nodes(optimized.graph))
+        ran = list(all_nodes(optimized.graph))
+        self._aliases = self._moved(ran)
         ends = [self._ends(node) for node in ran]
         stops = {tensor for found in ends for tensor in found} | {i.name for i in optimized.graph.initializer}
+        stops |= {name for node in ran for name in map(self._tensor, node.output) if name is not None}
         stands = [self._between(found, stops) for found in ends]
         done = {i for found in stands for i in found}
         readers: dict[str, list[int]] = defaultdict(list)
         for k, node in enumerate(ran):
             for name in node.input:
                 readers[name].append(k)
-        matches = Matches()
         for k, node in enumerate(ran):
-            if not stands[k] and not _moves(node):
+            if not stands[k] and not self._added(node):
                 reached = self._reached(k, ran, stands, readers)
-                stands[k] = [i for i in self._between(reached, stops) if i not in done] or self._calls(node)
-            if node.name:
-                matches.named[node.name] = stands[k]
-            else:
-                matches.unnamed[node.op_type].append(stands[k])
-        return matches
+                left = [i for i in self._between(reached, stops) if i not in done]
+                stands[k] = left or self._calls(node) or self.by_name(node.name)
+        for k in reversed(range(len(ran))):  # part of what its only reader is part of
+            only = {r for output in ran[k].output for r in readers[output]}
+            if not stands[k] and len(only) == 1 and not self._added(ran[k]):
+                stands[k] = stands[only.pop()]
+        return Matches([Kernel(node, tuple(found)) for node, found in zip(ran, stands, strict=True)])
+
+    def _added(self, node: onnx.NodeProto) -> bool:
+        """Tell whether ORT put in a node that only moves data between kernels."""
+        if node.domain == BLOCKED_DOMAIN:
+            return node.op_type in REORDERS
+        if node.op_type not in MOVERS or self._kept(node) is not None:
+            return False
+        made = [self.made[name] for name in map(self._tensor, node.output) if name is not None]
+        return all(self.nodes[i].op != node.op_type for i in made)
+
+    def _moved(self, ran: Sequence[onnx.NodeProto]) -> dict[str, str]:
+        """Return tensor of the optimised graph -> the original tensor that an added node makes of it."""
+        found: dict[str, str] = {}
+        for node in reversed(ran):
+            if node.input and self._added(node) and self._tensor(node.input[0]) is None:
+                name = next((found.get(o) or self._tensor(o) for o in node.output), None)
+                if name is not None:
+                    found.setdefault(node.input[0], name)
+        return found
 
     def _reached(
         self, start: int, ran: Sequence[onnx.NodeProto], stands: Sequence[list[int]], readers: Mapping[str, list[int]]
@@ -153,16 +184,41 @@ class Trace:
 
     def _ends(self, node: onnx.NodeProto) -> list[str]:
         """Return the original tensors that an optimised node makes."""
-        if _moves(node):
+        if self._added(node):
             return []
-        if node.domain == _BLOCKED:
-            return self._blocked_end(node)
         tensors = [name for name in map(self._tensor, node.output) if name is not None]
-        # moved into the blocked layout as it was: its outputs have new names
-        kept = next((self.named[n] for n in (node.name, self.plain(node.name)) if n in self.named), None)
-        if tensors or kept is None or self.nodes[kept].op != node.op_type:
+        tensors += [self._aliases[name] for name in node.output if name in self._aliases]
+        tensors = [self._inside(name, node) for name in dict.fromkeys(tensors)]
+        if not tensors and node.domain == BLOCKED_DOMAIN:
+            return self._blocked_end(node)
+        # moved into another layout or type as it was: its outputs have new names
+        kept = self._kept(node)
+        if tensors or kept is None or self.nodes[kept].op not in node.op_type:
             return tensors
         return [t.name for t in self.nodes[kept].outputs if t.name]
+
+    def _kept(self, node: onnx.NodeProto) -> int | None:
+        """Return the original node whose name a node of the optimised graph still has."""
+        for name in (node.name, self.plain(node.name), re.sub(r"_token_\d+$", "", node.name)):
+            if name in self.named:
+                return self.named[name]
+        return None
+
+    def _inside(self, name: str, node: onnx.NodeProto) -> str:
+        """Return what made `name` in a branch, where `node` is left of an If whose branch took its place."""
+        while True:
+            maker = self.nodes[self.made[name]]
+            if maker.op != "If" or node.op_type == "If":
+                return name
+            number = next(k for k, t in enumerate(maker.outputs) if t.name == name)
+            ends = [g.outputs[number] for g in maker.attrs.values() if isinstance(g, gs.Graph)]
+            alike = [t for t in ends if t.inputs and t.inputs[0].op in (node.op_type, "If") and t.name in self.made]
+            reads = {self.plain(read) for read in node.input}
+            sure = [t for t in alike if reads & {i.name for i in t.inputs[0].inputs}]
+            found = sure if len(sure) == 1 else alike
+            if len(found) != 1:
+                return name
+            name = found[0].name
 
     def _tensor(self, name: str) -> str | None:
         return next((n for n in (name, self.plain(name)) if n in self.made), None)
@@ -200,7 +256,7 @@ class Trace:
         """Return the node that does the work among those in one kernel: the one that the kernel is named after."""
         same = [i for i in covered if self.nodes[i].op == kernel]
         alike = [i for i in covered if self.nodes[i].op in kernel]
-        heavy = [i for i in covered if self.nodes[i].op in _HEAVY]
+        heavy = [i for i in covered if self.nodes[i].op in HEAVY]
         return next(iter(same or heavy or alike or list(covered[-1:])), None)
 
     def named_op(self, covered: Sequence[int], kernel: str) -> str:
@@ -209,12 +265,7 @@ class Trace:
         if lead is None:
             return kernel
         op = str(self.nodes[lead].op)
-        return op if len(covered) == 1 or op in _HEAVY or op in kernel else kernel
-
-
-def _moves(node: onnx.NodeProto) -> bool:
-    """Tell whether a node only moves data in or out of ORT's blocked layout."""
-    return node.domain == _BLOCKED and node.op_type in _MOVES
+        return op if len(covered) == 1 or op in HEAVY or op in kernel else kernel
 
 
 def _only_result(tensor: gs.Tensor, *ops: str) -> gs.Tensor:
@@ -227,7 +278,8 @@ def _label(node: gs.Node) -> str:
     return node.name or f"{node.op} -> {node.outputs[0].name if node.outputs else '?'}"
 
 
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of its subgraphs."""
     stack = [graph]
     while stack:
         for node in stack.pop().node:

@@ -1,0 +1,52 @@
+"""Facts about the operators that ONNX Runtime (ORT) runs, as data: its layouts, what it adds, what is integer.
+
+Measured on ORT 1.31 for CPU; tests/test_explain.py holds them against the installed one.
+"""
+
+from __future__ import annotations
+
+import re
+
+BLOCKED_DOMAIN = "com.microsoft.nchwc"
+"""Kernels in ORT's blocked layout (NCHWc: channels in blocks of the vector width)."""
+
+REORDERS = frozenset({"ReorderInput", "ReorderOutput"})
+"""Into the blocked layout, and out of it."""
+
+COPIES = frozenset({"MemcpyFromHost", "MemcpyToHost"})
+"""Between the memory of two providers."""
+
+MOVERS = REORDERS | COPIES | {"Transpose", "Cast", "Reshape"}
+"""What ORT puts between kernels that do not take each other's data as it is."""
+
+HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum"})
+"""Operators that do the work of a kernel made of several."""
+
+NOTHING = frozenset({"Identity", "Dropout"})
+"""Operators that do nothing at inference."""
+
+BLOCKED_ALWAYS = frozenset(
+    {
+        "Conv", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "BatchNormalization",
+        "Relu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "QuickGelu",
+    }
+)  # fmt: skip
+"""Take a blocked tensor and leave it blocked."""
+
+BLOCKED_ACTIVATIONS = frozenset({"LeakyRelu", "Clip"})
+"""Stay in the blocked layout only as part of the convolution before them."""
+
+BLOCKED_SUMS = frozenset({"Add", "Sum", "Mul", "Concat"})
+"""Take blocked tensors where all operands are blocked (and, but for Concat, of one shape)."""
+
+BLOCKED_RESIZES = frozenset({"Resize", "Upsample"})
+"""Take a blocked tensor for whole factors, in some modes."""
+
+_INTEGER = re.compile(
+    r"QLinear\w+|QGemm|QAttention|QOrdered\w+|\w+Integer(ToFloat)?|DynamicQuantize(MatMul|LSTM)|MatMul\w*Bits"
+)
+
+
+def is_integer(op: str) -> bool:
+    """Tell whether a kernel computes on integers (MatMulNBits and its like take their weights as such)."""
+    return _INTEGER.fullmatch(op) is not None

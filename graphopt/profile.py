@@ -152,6 +152,56 @@ def per_node(
         DataError: the feeds do not fit.
         ProviderError: the provider is missing.
     """
+    return profiled(
+        model, samples, threads=threads, provider=provider, runs=runs, warmup=warmup, seed=seed
+    ).profile  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """What one node that ORT ran took in one run of the model, its subgraphs' nodes taken out.
+
+    `kernel` is its place in `Matches.kernels`, None where ORT's graph could not be read.
+    """
+
+    name: str
+    op: str
+    provider: str
+    calls: float
+    seconds: float
+    kernel: int | None
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A profile with what it was read off.
+
+    Attributes:
+        profile: time per original node.
+        trace: the model's nodes (of a copy, in the order of `Model.nodes`).
+        matches: what ORT's nodes stand for; empty where `optimized` is None.
+        optimized: the graph that ORT ran, None where it cannot be written (compiling providers, models over 2 GB).
+        times: one per node that ran.
+    """
+
+    profile: Profile
+    trace: Trace
+    matches: Matches
+    optimized: onnx.ModelProto | None
+    times: tuple[KernelTime, ...]
+
+
+def profiled(
+    model: Source,
+    samples: Spec = None,
+    *,
+    threads: int = 1,
+    provider: str = "cpu",
+    runs: int = 20,
+    warmup: int = 3,
+    seed: int = 0,
+) -> Profiled:
+    """Return how long each node takes (as `per_node` does), and the graph that ORT made of the model."""
     copy = load(model)
     loaded = load_samples(samples, copy, seed=seed)
     feeds = list(itertools.islice(loaded, 1 if loaded.random else 16))
@@ -168,10 +218,17 @@ def per_node(
     for number in range(warmup + runs):
         session.run(feeds[number % len(feeds)])
     kept, seconds, timed = _kernel_times(session.profile_events(), warmup, len(feeds))
-    rows = _rows(timed, original, Matches() if optimized is None else original.match(optimized), kept)
-    return Profile(
-        tuple(rows), kept, seconds, loaded.description, environment.describe(threads=threads, provider=provider)
+    matches = Matches() if optimized is None else original.match(optimized)
+    ran = matches.of({name: kernel.op for name, kernel in timed.items()})
+    times = tuple(
+        KernelTime(name, k.op, k.provider, k.calls / kept, k.micros / 1e6 / kept, ran.get(name))
+        for name, k in timed.items()
     )
+    profile = Profile(
+        tuple(_rows(times, original, matches)), kept, seconds, loaded.description,
+        environment.describe(threads=threads, provider=provider),
+    )  # fmt: skip
+    return Profiled(profile, original, matches, optimized, times)
 
 
 def observe(model: Model, feed: Feeds) -> Observation:
@@ -257,21 +314,22 @@ def _exclusive(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[st
         yield from zip(row, inner, strict=True)
 
 
-def _rows(timed: Mapping[str, _Kernel], original: Trace, matches: Matches, runs: int) -> list[NodeTime]:
-    total = sum(kernel.micros for kernel in timed.values()) or 1.0
-    ran = matches.of({name: kernel.op for name, kernel in timed.items()})
+def _rows(times: Sequence[KernelTime], original: Trace, matches: Matches) -> list[NodeTime]:
+    total = sum(time.seconds for time in times) or 1.0
     merged: dict[tuple[str, str], NodeTime] = {}
-    for name, kernel in timed.items():
-        covered: Sequence[int] = matches.kernels[ran[name]].stands if name in ran else original.by_name(name)
-        lead = original.lead(covered, kernel.op)
-        label = name if lead is None else original.labels[lead]
-        op = original.named_op(covered, kernel.op)
+    for time in times:
+        covered: Sequence[int] = (
+            original.by_name(time.name) if time.kernel is None else matches.kernels[time.kernel].stands
+        )
+        lead = original.lead(covered, time.op)
+        label = time.name if lead is None else original.labels[lead]
+        op = original.named_op(covered, time.op)
         fused = tuple(original.labels[i] for i in covered if i != lead)
-        before = merged.get((label, kernel.op))
-        merged[label, kernel.op] = NodeTime(
-            label, op, kernel.op, fused or (before.fused if before else ()), lead is None, kernel.provider,
-            kernel.calls / runs + (before.calls if before else 0.0),
-            kernel.micros / 1e6 / runs + (before.seconds if before else 0.0),
-            kernel.micros / total + (before.share if before else 0.0),
+        before = merged.get((label, time.op))
+        merged[label, time.op] = NodeTime(
+            label, op, time.op, fused or (before.fused if before else ()), lead is None, time.provider,
+            time.calls + (before.calls if before else 0.0),
+            time.seconds + (before.seconds if before else 0.0),
+            time.seconds / total + (before.share if before else 0.0),
         )  # fmt: skip
     return sorted(merged.values(), key=lambda row: -row.seconds)

@@ -163,7 +163,7 @@ def inspect(
     """
     loaded = load(model)
     checked_shapes(loaded, shapes or {})
-    found, at, notes = _sizes(loaded, shapes, samples, seed)
+    found, at, notes = sizes_of(loaded, shapes, samples, seed)
     cost = costs(loaded, found)
     main = {id(node) for node in loaded.graph.nodes}
     rows = tuple(_rows(loaded, found, cost))
@@ -196,10 +196,10 @@ def operator(node: gs.Node) -> str:
     return str(node.op) if node.domain in STANDARD_DOMAINS else f"{node.domain}::{node.op}"
 
 
-def _sizes(
+def sizes_of(
     model: Model, shapes: Mapping[str, Sequence[int]] | None, samples: Spec, seed: int
 ) -> tuple[Sizes, dict[str, tuple[int, ...]], list[str]]:
-    """Return the sizes of all tensors, the input shapes that they are for, and notes."""
+    """Return the sizes of all tensors, the input shapes that they are for, and notes; arguments as of `inspect`."""
     at = {spec.name: tuple(shape) for spec in model.inputs if (shape := (shapes or {}).get(spec.name)) is not None}
     static = Sizes(Shapes(model, at))
     stated = {spec.name: at.get(spec.name, spec.shape) for spec in model.inputs}

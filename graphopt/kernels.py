@@ -6,6 +6,7 @@ Measured on ORT 1.31 for CPU; tests/test_explain.py holds them against the insta
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 BLOCKED_DOMAIN = "com.microsoft.nchwc"
 """Kernels in ORT's blocked layout (NCHWc: channels in blocks of the vector width)."""
@@ -19,11 +20,25 @@ COPIES = frozenset({"MemcpyFromHost", "MemcpyToHost"})
 MOVERS = REORDERS | COPIES | {"Transpose", "Cast", "Reshape"}
 """What ORT puts between kernels that do not take each other's data as it is."""
 
-HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum"})
+HEAVY = frozenset(
+    {
+        "Conv", "ConvTranspose", "MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum", "ConvInteger",
+        "MatMulInteger", "QLinearConv", "QLinearMatMul",
+    }
+)  # fmt: skip
 """Operators that do the work of a kernel made of several."""
 
 NOTHING = frozenset({"Identity", "Dropout"})
 """Operators that do nothing at inference."""
+
+NEUTRAL: Mapping[str, float] = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
+"""Operators with a second operand that leaves the first as it is."""
+
+AFFINE = frozenset({"Mul", "Add", "Sub", "Div", "BatchNormalization"})
+"""Operators that a scale and a shift can stand for, where their other operands are constant."""
+
+PERMUTES = frozenset({"DepthToSpace", "SpaceToDepth", "Gather", "GatherElements", "GatherND", "Where"})
+"""Data movement that may do something even where the shape stays."""
 
 BLOCKED_ALWAYS = frozenset(
     {

@@ -78,6 +78,7 @@ class Trace:
         calls = {(f.domain or "", f.name) for f in model.functions}
         self.calls = {i for i, n in enumerate(self.nodes) if (n.domain or "", n.op) in calls}
         self.made, self.called = self._unique_tensors(model)
+        self.results = {t.name for graph in model.graphs() for t in graph.outputs}
         self._aliases: dict[str, str] = {}
 
     def _unique_tensors(self, model: Model) -> tuple[dict[str, int], dict[str, int]]:
@@ -192,8 +193,12 @@ class Trace:
         if not tensors and node.domain == BLOCKED_DOMAIN:
             return self._blocked_end(node)
         # moved into another layout or type as it was: its outputs have new names
+        fused = self.named.get(re.sub(r"/\w+Fusion/?$", "", node.name))
         kept = self._kept(node)
-        if tensors or kept is None or self.nodes[kept].op not in node.op_type:
+        if tensors or (kept is not None and self.nodes[kept].op not in node.op_type):
+            return tensors
+        kept = fused if kept is None else kept
+        if kept is None:
             return tensors
         return [t.name for t in self.nodes[kept].outputs if t.name]
 

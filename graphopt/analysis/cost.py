@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import constant_node, node_values, scalar_of
@@ -114,6 +115,10 @@ class Sizes:
         """Return the shape of a tensor, None where unknown."""
         static = self._shapes.of(tensor).static
         return self.observed.shapes.get(id(tensor)) if static is None and self.observed is not None else static
+
+    def dtype(self, tensor: gs.Tensor) -> np.dtype[Any] | None:
+        """Return the type of a tensor, None where unknown."""
+        return self._shapes.of(tensor).dtype
 
     def shown(self, tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
         """Return the shape as far as it is known, symbols included."""

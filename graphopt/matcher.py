@@ -17,7 +17,20 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis.constants import Unknown, array_of, is_constant, parameter, refers, scalar_of
 from graphopt.edit import Edit
 from graphopt.ops import COMMUTATIVE, MOVED_TO_INPUT, STANDARD_DOMAINS
-from graphopt.pattern import Call, Choice, Constant, Literal, Many, Number, Pattern, Result, Scalar, Value, as_value
+from graphopt.pattern import (
+    Call,
+    Choice,
+    Constant,
+    Literal,
+    Many,
+    Number,
+    Operand,
+    Pattern,
+    Result,
+    Scalar,
+    Value,
+    as_value,
+)
 from graphopt.tensors import is_float
 
 _LITERAL = 4096
@@ -211,14 +224,12 @@ class NodeView:
             return self.node.attrs[name]
         return _default(self.node, name, self.opset)
 
-    def again(self, *inputs: Any) -> Any:
+    def again(self, *inputs: Operand) -> Value:
         """Return the same operator with the same attributes and parameters, on other inputs."""
         values = [as_value(i) for i in inputs]
         values += [Value(t.name, t) for t in self.node.inputs[len(values) :] if not t.is_empty()]
         domain = "" if self.node.domain in STANDARD_DOMAINS else self.node.domain
-        made = Call(self.node.op, tuple(values), dict(self.node.attrs), domain, "", len(self.node.outputs))
-        results = tuple(Result(made, i) for i in range(made.outputs))
-        return results[0] if made.outputs == 1 else results
+        return Result(Call(self.node.op, tuple(values), dict(self.node.attrs), domain, "", len(self.node.outputs)))
 
 
 def results_of(value: Value) -> list[Result]:
@@ -244,7 +255,7 @@ def _default(node: gs.Node, name: str, opset: int) -> Any:
 
 
 def _equal(found: Any, wanted: Any) -> bool:
-    if found is None or isinstance(found, Unknown):
+    if found is None or wanted is None or isinstance(found, Unknown):
         return found is wanted
     if isinstance(found, bytes):
         found = found.decode("utf-8", "replace")

@@ -11,7 +11,7 @@ nodes.
     a, b = op.Split(x, outputs=2)      several outputs
     3.0                                a constant with one element, whatever its shape
 
-Captures are the function's parameters; their annotation says what they take:
+Captures are the function's parameters (all but `op`); their annotation says what they take:
 
     Value            any tensor                     Constant         an initializer or Constant node
     Scalar           a constant of one element      Many             all further inputs of a node
@@ -24,7 +24,7 @@ finds both spellings, a captured constant must be added or multiplied.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args, get_origin
@@ -119,6 +119,9 @@ class Value:
     def __neg__(self) -> Value:
         return call("Neg", (self,))
 
+    def __iter__(self) -> Iterator[Value]:
+        raise SpecError(f"'{self.name}' is one value", hint="say how many outputs: a, b = op.Split(x, outputs=2)")
+
 
 class Constant(Value):
     """A constant tensor."""
@@ -200,12 +203,15 @@ class Call:
 
 
 class Result(Value):
-    """One output of a call."""
+    """One output of a call: the first, unless it was unpacked (`a, b = op.Split(x, outputs=2)`)."""
 
     def __init__(self, made_by: Call, index: int = 0) -> None:
         super().__init__(made_by.name or made_by.op)
         self.call = made_by
         self.index = index
+
+    def __iter__(self) -> Iterator[Value]:
+        return (Result(self.call, i) for i in range(self.call.outputs))
 
 
 def as_value(thing: Operand) -> Value | None:
@@ -231,16 +237,12 @@ def call(op: str, inputs: Sequence[Operand], **attrs: Any) -> Value:
 class Op:
     """Any operator by its name: `op.Conv(x, w, b, strides=[2, 2])`."""
 
-    def __getattr__(self, op: str) -> Callable[..., Any]:
+    def __getattr__(self, op: str) -> Callable[..., Value]:
         if op.startswith("_"):
             raise AttributeError(op)
 
-        def record(
-            *inputs: Operand, name: str = "", outputs: int = 1, domain: str = "", **attrs: Any
-        ) -> Value | tuple[Value, ...]:
-            made = Call(op, tuple(as_value(i) for i in inputs), attrs, domain, name, outputs)
-            results = tuple(Result(made, i) for i in range(outputs))
-            return results[0] if outputs == 1 else results
+        def record(*inputs: Operand, name: str = "", outputs: int = 1, domain: str = "", **attrs: Any) -> Value:
+            return Result(Call(op, tuple(as_value(i) for i in inputs), attrs, domain, name, outputs))
 
         return record
 
@@ -273,8 +275,8 @@ def trace(function: Callable[..., Any]) -> Pattern:
         SpecError: a parameter's annotation is none of the captures', or the pattern is no operator.
     """
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
-    captures = {p.name: _capture(p, function) for p in parameters[1:]}
-    made = function(Op(), *captures.values())
+    captures = {p.name: _capture(p, function) for p in parameters if p.name != "op"}
+    made = function(**captures, **({"op": Op()} if len(captures) < len(parameters) else {}))
     outputs = made if isinstance(made, tuple) else (made,)
     if not outputs or not all(isinstance(v, Result | Choice) for v in outputs):
         raise SpecError(f"the pattern computes {made!r}, not the output of an operator", at=function.__qualname__)

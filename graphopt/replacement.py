@@ -105,11 +105,11 @@ def _resolve_constants(made: Call, planned: Replacement) -> None:
     known = [t.dtype for v in beside if (t := planned.type_of(v)).dtype is not None]
     dtype = known[0] if known else np.dtype(np.float32)
     for value in made.inputs:
-        if isinstance(value, Number):
-            planned.constants[id(value), id(made)] = np.asarray(value.value, dtype)
-        elif isinstance(value, Literal):
-            wide = value.values.dtype == np.float64
-            with np.errstate(over="ignore"):  # what overflows is found, and refused, by the rule's driver
+        with np.errstate(over="ignore"):  # what overflows is found, and refused, by the rule's driver
+            if isinstance(value, Number):
+                planned.constants[id(value), id(made)] = np.asarray(value.value).astype(dtype)
+            elif isinstance(value, Literal):
+                wide = value.values.dtype == np.float64
                 planned.constants[id(value), id(made)] = value.values.astype(dtype) if wide else value.values
 
 

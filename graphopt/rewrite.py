@@ -283,7 +283,8 @@ class Rewriter:
             made = ask(rule.rewrite, match)
         except RefusedError as refused:
             return str(refused)
-        values = [as_value(v) for v in (made if isinstance(made, tuple) else (made,))]
+        several = isinstance(made, tuple) or (isinstance(made, Result) and made.call.outputs == len(match.tensors) > 1)
+        values = [as_value(v) for v in (made if several else (made,))]
         if len(values) != len(match.tensors) or any(v is None or isinstance(v, Number | Literal) for v in values):
             raise InternalError(f"rule {rule.__name__}: rewrite returned {made!r} for {len(match.tensors)} outputs")
         planned = plan([v for v in values if v is not None], self.opset)

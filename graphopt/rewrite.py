@@ -114,7 +114,7 @@ class Rule:
     Class attributes:
         min_opset, max_opset: operator sets in which both sides exist.
         types: element types of the first output for which it holds; None for any.
-        shapes: capture -> "n c h w": sizes; letters that come twice are equal, numbers are so, "..." is any others.
+        shapes: capture -> "n c h w": sizes; letters that come twice are proved equal, "..." is any others before.
         shared: whether inner values may have other readers (the nodes that make them stay, then).
         copies: whether large constants that others read too may be kept twice.
     """
@@ -381,7 +381,7 @@ def _roots(rule: type[Rule]) -> list[Any]:
 
 def _unify(rule: type[Rule], match: Match) -> str | None:
     """Return which capture does not have the sizes that the rule wants."""
-    letters: dict[str, tuple[int, str]] = {}
+    letters: dict[str, tuple[int | str | None, str]] = {}
     for name, wanted in rule.shapes.items():
         value = match.values.get(name)
         if value is None:
@@ -402,18 +402,17 @@ def _unify(rule: type[Rule], match: Match) -> str | None:
 
 
 def _unify_size(
-    letter: str, size: int | str | None, name: str, letters: dict[str, tuple[int, str]], wanted: str
+    letter: str, size: int | str | None, name: str, letters: dict[str, tuple[int | str | None, str]], wanted: str
 ) -> str | None:
     if letter.isdigit():
         return None if size == int(letter) else f"{name} is not of shape [{wanted}]: {size} for {letter}"
     if letter not in letters:
-        if isinstance(size, int):
-            letters[letter] = size, name
+        letters[letter] = size, name
         return None
     known, other = letters[letter]
-    if size == known:
+    if size is not None and size == known:  # equal symbols are equal sizes
         return None
-    return f"{name} and {other} differ in size {letter}: {size} and {known}"
+    return f"{name} and {other} differ in size {letter}: {size or 'unknown'} and {known or 'unknown'}"
 
 
 def _broadens(match: Match) -> str | None:

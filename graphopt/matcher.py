@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import Unknown, array_of, is_constant, parameter, refers, scalar_of
+from graphopt.analysis.shapes import Shapes
 from graphopt.edit import Edit
 from graphopt.ops import COMMUTATIVE, MOVED_TO_INPUT, STANDARD_DOMAINS
 from graphopt.pattern import (
@@ -32,6 +33,9 @@ from graphopt.pattern import (
     as_value,
 )
 from graphopt.tensors import is_float
+
+if TYPE_CHECKING:
+    from graphopt.analysis.shapes import Shapes
 
 _LITERAL = 4096
 """Elements of constants that are compared by value."""
@@ -205,6 +209,7 @@ class NodeView:
 
     node: gs.Node
     opset: int
+    shapes: Shapes | None = None
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -227,7 +232,7 @@ class NodeView:
     def again(self, *inputs: Operand) -> Value:
         """Return the same operator with the same attributes and parameters, on other inputs."""
         values = [as_value(i) for i in inputs]
-        values += [Value(t.name, t) for t in self.node.inputs[len(values) :] if not t.is_empty()]
+        values += [None if t.is_empty() else Value(t.name, t, self.shapes) for t in self.node.inputs[len(values) :]]
         domain = "" if self.node.domain in STANDARD_DOMAINS else self.node.domain
         return Result(Call(self.node.op, tuple(values), dict(self.node.attrs), domain, "", len(self.node.outputs)))
 

@@ -29,8 +29,8 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 DEFAULT_OPSET = 17
 
 CLEANUP = (
-    "canonicalize, fold-constants, fold-if, eliminate-identity, fuse-activations, fuse-batchnorm, eliminate-common, "
-    "eliminate-dead"
+    "canonicalize, fold-constants, fold-if, eliminate-identity, fuse-activations, fuse-batchnorm, "
+    "fuse-movement, eliminate-common, eliminate-dead"
 )
 """The canonical stage, repeated until it changes nothing."""
 

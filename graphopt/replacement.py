@@ -139,7 +139,7 @@ def _infer(made: Call, planned: Replacement) -> None:
         schema = onnx.defs.get_schema(made.op, planned.opset, made.domain)
         imports = [onnx.helper.make_opsetid("", planned.opset)]
         found = onnx.shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=imports)
-    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError):
+    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         pass  # another domain, or shapes that do not fit: the driver compares what is known
     for i, name in enumerate(outputs):
         planned.types[id(made), i] = _read_type(found.get(name))

@@ -39,8 +39,22 @@ from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, label
 from graphopt.errors import InternalError, SpecError
 from graphopt.matcher import Bindings, Matcher, NodeView, results_of
-from graphopt.pattern import Literal, Number, Op, Pattern, Result, Value, as_value, trace
+from graphopt.pattern import Constant, Literal, Many, Number, Op, Pattern, Result, Scalar, Value, as_value, trace
 from graphopt.replacement import Emitter, Replacement, differs, not_finite, plan
+
+__all__ = [
+    "FLOATS",
+    "Constant",
+    "Many",
+    "Match",
+    "Op",
+    "RefusedError",
+    "Rewriter",
+    "Rule",
+    "RulePass",
+    "Scalar",
+    "Value",
+]
 
 FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 
@@ -62,11 +76,14 @@ class Match:
         values: captures by name: `Value`, tuple of them (`Many`), or None.
         out: the values that the pattern's outputs are.
         opset: of the graph.
+        shapes: types of all tensors, of inner values too.
     """
 
     def __init__(self, bound: Bindings, rule: type[Rule], ctx: Context, opset: int) -> None:
         self._bound = bound
+        self._shapes = ctx.shapes
         self.opset = opset
+        self.shapes = ctx.shapes
         self.values: dict[str, Any] = {
             name: _bind(capture, bound.tensors.get(name), ctx) for name, capture in rule.traced.captures.items()
         }
@@ -79,7 +96,7 @@ class Match:
         """Return the node of the call that the pattern names so."""
         for called, node in self._bound.nodes.values():
             if called.name == name:
-                return NodeView(node, self.opset)
+                return NodeView(node, self.opset, self.shapes)
         raise KeyError(name)
 
     def __contains__(self, name: str) -> bool:

@@ -7,7 +7,7 @@ holds.  Weights are read from the mapped file only when a pass asks for them, an
 from __future__ import annotations
 
 import glob
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -57,6 +57,39 @@ class Snapshot:
     path: Path | None = None
     custom_ops: tuple[Path, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes the model takes on disk: its structure and its weights."""
+        return int(self.proto.ByteSize()) + sum(int(v.nbytes) for v in self.weights)
+
+    def skeleton(self) -> onnx.ModelProto:
+        """Return the model with large initializers turned into inputs of their type (for checks and inference).
+
+        Large tensors elsewhere, in subgraphs and attributes, are there with their values.
+        """
+        out = onnx.ModelProto()
+        out.CopyFrom(self.proto)
+        graph = out.graph
+        inputs = {info.name for info in graph.input}
+        kept: list[TensorProto] = []
+        large = 0
+        for tensor in graph.initializer:
+            if tensor.data_location != TensorProto.EXTERNAL:
+                kept.append(tensor)
+                continue
+            large += 1
+            if tensor.name not in inputs:
+                info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+                graph.input.append(info)
+        if large:
+            small = onnx.GraphProto(initializer=kept)
+            graph.ClearField("initializer")
+            graph.initializer.MergeFrom(small.initializer)
+        if large < len(self.weights):
+            bodies = [graph.node, *(function.node for function in out.functions)]
+            _put_back((node for nodes in bodies for node in nodes), self.weights)
+        return out
+
 
 class Model:
     """An ONNX model that passes edit.  Make one with `load`.
@@ -66,6 +99,8 @@ class Model:
         functions: local functions, in file order.
         path: the file it came from, None for a model made in memory.
         custom_ops: libraries of custom operators that the user named; sessions of this model load them.
+        settled: a snapshot that is the present state, set and cleared by whoever alone edits the model (a
+            pipeline); None: nobody knows.
     """
 
     def __init__(
@@ -76,6 +111,7 @@ class Model:
         self.functions = functions
         self.path = path
         self.custom_ops: tuple[Path, ...] = ()
+        self.settled: Snapshot | None = None
 
     @property
     def opset(self) -> int:
@@ -150,8 +186,7 @@ class Model:
 
     def emitted_bytes(self) -> int:
         """Return about how many bytes the model takes on disk: its structure and its weights."""
-        snapshot = self.snapshot()
-        return int(snapshot.proto.ByteSize()) + sum(int(v.nbytes) for v in snapshot.weights)
+        return self.snapshot().nbytes
 
     def emit(self, place: Place = inline) -> onnx.ModelProto:
         """Return the model as a new proto, its weights put where `place` says."""
@@ -165,11 +200,13 @@ class Model:
         return self.emit(_by_reference)
 
     def skeleton(self) -> onnx.ModelProto:
-        """Return the model with large initializers turned into inputs of their type (for checks and inference)."""
-        return self.emit(_as_input)
+        """Return the model as `Snapshot.skeleton` does."""
+        return self.snapshot().skeleton()
 
     def snapshot(self) -> Snapshot:
         """Return the present state, weights by reference."""
+        if self.settled is not None:
+            return self.settled
         weights: list[Values] = []
 
         def keep(name: str, values: Values) -> TensorProto:
@@ -184,6 +221,7 @@ class Model:
         """Go back to `snapshot`; graph and node objects are new ones."""
         other = from_snapshot(snapshot)
         self.shell, self.graph, self.functions = other.shell, other.graph, other.functions
+        self.settled = None
 
     def copy(self) -> Model:
         """Return an independent model that shares the (read-only) weights."""
@@ -311,6 +349,21 @@ def from_snapshot(snapshot: Snapshot) -> Model:
     return model
 
 
+def _put_back(nodes: Iterable[onnx.NodeProto], weights: Sequence[Values]) -> None:
+    """Give the tensors in these nodes' attributes and subgraphs their values again."""
+    for node in nodes:
+        for attribute in node.attribute:
+            tensors: Iterable[TensorProto] = ()
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                tensors = (attribute.t,)
+            elif attribute.type == onnx.AttributeProto.GRAPH:
+                tensors = attribute.g.initializer
+                _put_back(attribute.g.node, weights)
+            for tensor in tensors:
+                if tensor.data_location == TensorProto.EXTERNAL:
+                    tensor.CopyFrom(inline(tensor.name, weights[int(tensor.external_data[0].value)]))
+
+
 def value_spec(tensor: gs.Tensor) -> ValueSpec:
     """Return name, dtype, shape and kind of a tensor."""
     shape = None if tensor.shape is None else tuple(tensor.shape)
@@ -372,10 +425,6 @@ def _by_reference(name: str, values: Values) -> TensorProto:
     if isinstance(values, LazyTensor):
         return values.proto(name, inline=values.tensor.data_location != TensorProto.EXTERNAL)
     return inline(name, values)
-
-
-def _as_input(name: str, values: Values) -> TensorProto | None:
-    return None if values.nbytes >= _SMALL else inline(name, values)
 
 
 def _own_data_files(path: Path) -> set[Path]:

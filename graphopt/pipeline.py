@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import onnx
 
 from graphopt import registry, spec, text
+from graphopt.analysis.shapes import Shapes
 from graphopt.base import Change, Context, Exactness, Pass, Target
 from graphopt.data import load_samples
 from graphopt.errors import GateMissedError, GraphoptError, ModelError, SpecError
@@ -151,7 +152,8 @@ class Pipeline:
         Raises:
             GraphoptError: the model or samples are not usable, or a pass failed and `on_failure` is `stop`.
         """
-        return Run(self, load(model), samples, settings or Settings()).finish()
+        original = model if isinstance(model, Model) else load(model)
+        return Run(self, original, samples, settings or Settings()).finish()
 
 
 def _as_steps(thing: str | spec.Step | Pass) -> tuple[spec.Step, ...]:
@@ -193,6 +195,17 @@ def size_of(model: Model) -> Size:
     return Size(nodes, len(model.constants()), model.weight_bytes())
 
 
+def sorted_copy(model: Model) -> tuple[Model, Snapshot]:
+    """Return a copy of a model, its nodes in an order that they can run in, and the snapshot that it is."""
+    snapshot = model.snapshot()
+    copy = from_snapshot(snapshot)
+    moved = [sort_nodes(graph) for graph in copy.graphs()]  # all of them, so no generator
+    if any(moved):
+        snapshot = copy.snapshot()
+    copy.settled = snapshot
+    return copy, snapshot
+
+
 class Run:
     """One run of a pipeline over one model."""
 
@@ -200,15 +213,16 @@ class Run:
         self.pipeline = pipeline
         self.settings = settings
         self.original = model
-        self.model = model.copy()
+        self.model, self.snapshot = sorted_copy(model)
         self.samples = samples
-        self.structure = Structure.of(model)
+        self.structure = Structure.of(self.model)
         self.applied = 0
         self.last_change = ""
         self.stopped = False
         self._mapped = mappings(model.weights()) if model.weight_bytes() > RELEASE_ABOVE else []
-        self.snapshot = self.model.snapshot()
         self._pending = self.snapshot
+        self._shapes: Shapes | None = None
+        self._done: dict[str, Snapshot] = {}
         self.exactness: Exactness = "exact"
         self.sites: dict[Site, None] = {}
         self.size = size_of(model)
@@ -218,7 +232,7 @@ class Run:
             opset_before=model.opset, opset_after=model.opset,
         )  # fmt: skip
         self._reference: Reference | None = None
-        self._bytes = model.emitted_bytes()
+        self._bytes = self.snapshot.nbytes
 
     @property
     def reference(self) -> Reference:
@@ -232,6 +246,7 @@ class Run:
         started = time.perf_counter()
         with paused_gc():  # graphs are cyclic and large: collecting them again and again takes quadratic time
             self._steps(self.pipeline.steps)
+        self.model.settled = None  # from here on, anybody may edit it
         if self.settings.verify != "off":
             self._verify_end()
         self.report.after = self.size
@@ -246,12 +261,22 @@ class Run:
             if self.stopped:
                 break
             if isinstance(step, spec.PassStep):
-                changed |= self._pass(make_pass(step))
+                changed |= self._once(step)
                 continue
             for _ in range(step.times):
                 if not self._steps(step.steps):
                     break
                 changed = True
+        return changed
+
+    def _once(self, step: spec.PassStep) -> bool:
+        """Run a pass, unless it ran on this very state before and changed nothing; return whether it did."""
+        key = spec.to_text((step,))
+        if self._done.get(key) is self.snapshot:
+            return False
+        changed = self._pass(make_pass(step))
+        if not changed:
+            self._done[key] = self.snapshot
         return changed
 
     def _pass(self, step: Pass) -> bool:
@@ -284,20 +309,22 @@ class Run:
     def _apply(self, step: Pass, record: PassRecord) -> bool:
         """Apply a pass's changes; return whether the model is another one now."""
         context = Context(self.model, evaluate, self.settings.target, self.settings.seed, self.samples, self._bytes)
+        context._shapes, self._shapes = self._shapes, None
         graphs = list(self.model.graphs()) if step.scope == "graph" else [self.model.graph]
         for graph in graphs:
             for change in step.run(graph, context):
                 self._change(change, record, step)
         record.notes += context.notes
+        if record.changes == 0:
+            self._shapes = context._shapes
+            return False
         for graph in self.model.graphs():
             sort_nodes(graph)
-        if record.changes == 0:
-            return False
         after = self.model.snapshot()
-        if same_snapshot(self.snapshot, after):
-            return False
+        same = same_snapshot(self.snapshot, after)
+        self.model.settled = self.snapshot if same else after
         self._pending = after
-        return True
+        return not same
 
     def _change(self, change: Change, record: PassRecord, step: Pass) -> None:
         if self.settings.watch is not None:
@@ -311,6 +338,7 @@ class Run:
             return
         if self.settings.limit is not None and self.applied >= self.settings.limit:
             return
+        self.model.settled = None
         change.apply()
         release(self._mapped)
         if step.optional:
@@ -337,6 +365,7 @@ class Run:
     def _roll_back(self, step: Pass, record: PassRecord, error: Exception) -> None:
         failed = self.model
         self.model = from_snapshot(self.snapshot)
+        self.model.settled = self.snapshot
         record.status = "rolled back"
         expected = isinstance(error, GraphoptError)
         record.failure = str(error) if expected else f"it raised {type(error).__name__}: {error} ({last_frame(error)})"
@@ -362,14 +391,16 @@ class Run:
         if checked.ok or self.settings.verify == "each" or self.settings.limit is not None:
             self._conclude(checked)
             return
-        self.model = self.original.copy()
-        self.snapshot = self.model.snapshot()
+        self.model, self.snapshot = sorted_copy(self.original)
+        self._done.clear()
+        self._shapes = None
         self.size = size_of(self.model)
         self.exactness, self.stopped = "exact", False
         self.report.passes.clear()
         self.sites.clear()
         self.settings = Settings(**{**vars(self.settings), "verify": "each"})
         self._steps(self.pipeline.steps)
+        self.model.settled = None
         self._conclude(self.reference.check(self.model, exactness=self.exactness))
 
     def _conclude(self, checked: Validation) -> None:

@@ -40,9 +40,9 @@ class Structure:
         _check_signature(self.outputs, tuple(model.outputs), "outputs")
         if self.checked:
             skeleton = model.skeleton()
-            refusal = _refusal(skeleton, full=False)
-            if refusal is None and self.strict:
-                refusal = _refusal(skeleton, full=True) and _inference_refusal(skeleton)
+            if self.strict and _refusal(skeleton, full=True) is None:
+                return
+            refusal = _refusal(skeleton, full=False) or (_inference_refusal(skeleton) if self.strict else None)
             if refusal is not None:
                 raise ModelError(f"ONNX's checker refuses the model: {refusal}")
 

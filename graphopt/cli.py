@@ -9,6 +9,9 @@ import typer
 from rich.table import Table
 
 from graphopt import registry, report, tables
+from graphopt.arguments import load_plugins as _load_plugins
+from graphopt.arguments import shapes as _shapes
+from graphopt.cli_explain import explain
 from graphopt.console import emit, out, print_diff, working
 from graphopt.console import run as run_app
 from graphopt.errors import GraphoptError, SpecError
@@ -281,6 +284,9 @@ def inspect(
     emit(found.to_dict(), as_json, tables.inspection(found, nodes=nodes))
 
 
+app.command()(explain)
+
+
 @app.command()
 def passes(plugin: Plugins = None, as_json: AsJson = False) -> None:
     """List every pass with its options, one line each."""
@@ -358,11 +364,6 @@ def _check_output(output: Path | None) -> None:
         check_output(output)
 
 
-def _load_plugins(paths: list[Path] | None) -> None:
-    for path in paths or []:
-        registry.load_plugin(path)
-
-
 def _known_pass(name: str | None) -> str | None:
     if name is not None:
         registry.get(name)
@@ -387,26 +388,6 @@ def _reproducers(folder: Path | None, output: Path | None) -> Path | None:
     if folder is not None or output is None:
         return folder
     return output.with_name(output.name + ".reproducers")
-
-
-def _shapes(given: list[str] | None) -> dict[str, tuple[int, ...]] | None:
-    """Return `NAME=1,3,224,224` options as a mapping.
-
-    Raises:
-        SpecError: not of that form.
-    """
-    if not given:
-        return None
-    shapes: dict[str, tuple[int, ...]] = {}
-    for item in given:
-        name, _, dims = item.rpartition("=")
-        try:
-            shapes[name] = tuple(int(d) for d in dims.split(",")) if dims else ()
-        except ValueError:
-            name = ""
-        if not name or any(d < 0 for d in shapes.get(name, ())):
-            raise SpecError(f"--shape {item!r} is not understood", hint="--shape NAME=1,3,224,224")
-    return shapes
 
 
 def main() -> None:

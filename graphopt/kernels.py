@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from graphopt.ops import ARITHMETIC
+
 BLOCKED_DOMAIN = "com.microsoft.nchwc"
 """Kernels in ORT's blocked layout (NCHWc: channels in blocks of the vector width)."""
 
@@ -56,6 +58,12 @@ BLOCKED_SUMS = frozenset({"Add", "Sum", "Mul", "Concat"})
 
 BLOCKED_RESIZES = frozenset({"Resize", "Upsample"})
 """Take a blocked tensor for whole factors, in some modes."""
+
+ELEMENTWISE = ARITHMETIC | {
+    "HardSigmoid", "HardSwish", "Gelu", "QuickGelu", "FastGelu", "BiasGelu", "Erf", "Softplus", "Softsign", "Elu",
+    "Selu", "Celu", "PRelu", "Mish", "Swish", "Where", "Sin", "Cos", "Sign", "Round", "Floor", "Ceil",
+}  # fmt: skip
+"""Kernels that read and write each element once: what they cost is memory."""
 
 _INTEGER = re.compile(
     r"QLinear\w+|QGemm|QAttention|QOrdered\w+|\w+Integer(ToFloat)?|DynamicQuantize(MatMul|LSTM)|MatMul\w*Bits"

@@ -13,6 +13,7 @@ from graphopt.model import Model, load
 from graphopt.optimizer import optimize
 from graphopt.pipeline import Pipeline, Result, Settings, bisect
 from graphopt.registry import load_plugin, register
+from graphopt.rewrite import Rule, RulePass
 from graphopt.timing import bench
 from graphopt.validate import validate
 
@@ -30,6 +31,8 @@ __all__ = [
     "Pass",
     "Pipeline",
     "Result",
+    "Rule",
+    "RulePass",
     "Settings",
     "Target",
     "bench",

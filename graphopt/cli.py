@@ -11,6 +11,7 @@ from rich.table import Table
 from graphopt import registry, report, tables
 from graphopt.arguments import load_plugins as _load_plugins
 from graphopt.arguments import shapes as _shapes
+from graphopt.base import Pass
 from graphopt.cli_explain import explain
 from graphopt.console import emit, out, print_diff, working
 from graphopt.console import run as run_app
@@ -18,8 +19,12 @@ from graphopt.errors import GraphoptError, SpecError
 from graphopt.options import (
     AsJson,
     Batch,
+    Budget,
+    Contrib,
     CustomOps,
     Data,
+    DecisionsFile,
+    Elsewhere,
     FailureOption,
     Measure,
     ModelPath,
@@ -30,9 +35,13 @@ from graphopt.options import (
     Reproducers,
     Seed,
     Shape,
+    Shapes,
+    StageOption,
     StopAfter,
+    ThreadCounts,
     Threads,
     VerifyOption,
+    WriteDecisions,
 )
 
 app = typer.Typer(
@@ -70,12 +79,18 @@ def optimize(
         str | None,
         typer.Option("--pipeline", "-p", metavar="SPEC|FILE.toml", help="passes to run instead of the default ones"),
     ] = None,
-    measure: Measure = True,
+    stage: StageOption = "lowering",
+    contrib: Contrib = False,
+    measure: Measure = None,
+    budget: Budget = 30.0,
+    decisions: DecisionsFile = None,
+    write_decisions: WriteDecisions = None,
+    elsewhere: Elsewhere = False,
     verify: VerifyOption = "end",
     on_failure: FailureOption = "continue",
-    threads: Threads = 1,
+    threads: ThreadCounts = None,
     provider: Provider = "cpu",
-    shape: Shape = None,
+    shape: Shapes = None,
     batch: Batch = 1,
     seed: Seed = 0,
     custom_ops: CustomOps = None,
@@ -85,24 +100,28 @@ def optimize(
     stop_after: StopAfter = None,
     reproducers: Reproducers = None,
 ) -> None:
-    """Load, transform, verify, time, report; write OUT when it is valid."""
-    from graphopt.model import load  # noqa: PLC0415  (heavy imports only when needed)
+    """Load, transform, time what pays, verify, report; write OUT when it is valid and not slower."""
+    from graphopt.decisions import save_decisions  # noqa: PLC0415  (heavy imports only when needed)
+    from graphopt.model import load  # noqa: PLC0415
     from graphopt.optimizer import optimize as run_optimize  # noqa: PLC0415
     from graphopt.pipeline import Settings  # noqa: PLC0415
 
     _check_output(output)
+    _check_output(write_decisions)
     _load_plugins(plugin)
     settings = Settings(
         print_after=_known_passes(print_after), stop_after=_known_pass(stop_after),
         reproducers=_reproducers(reproducers, output), printer=print_diff,
     )  # fmt: skip
-    with working(f"optimizing {model.name}", as_json):
+    with working(f"optimizing {model.name}", as_json) as progress:
         result = run_optimize(
             load(model, custom_ops=custom_ops or ()), pipeline=_pipeline(pipeline) if pipeline else None, data=data,
-            measure=measure, verify=verify,
-            opset=opset or None, seed=seed, threads=threads, provider=provider, shapes=_shapes(shape), batch=batch,
-            settings=settings, on_failure=on_failure,
+            measure=measure, verify=verify, stage=stage, contrib=contrib, elsewhere=elsewhere, budget=budget,
+            opset=opset or None, seed=seed, threads=_thread_counts(threads), provider=provider, shapes=_settings(shape),
+            batch=batch, decisions=decisions, settings=settings, on_failure=on_failure, progress=progress,
         )  # fmt: skip
+    if write_decisions is not None:
+        save_decisions(write_decisions, result.report.decisions or {})
     _finish(result, output, as_json)
 
 
@@ -288,9 +307,24 @@ app.command()(explain)
 
 
 @app.command()
-def passes(plugin: Plugins = None, as_json: AsJson = False) -> None:
+def passes(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[PASS]...", help="only these [default: all]")] = None,
+    plugin: Plugins = None,
+    rules: Annotated[bool, typer.Option("--rules", help="list the rewrite rules instead, with their algebra")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="with --rules: try each rule on cases drawn from its own pattern")
+    ] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
     """List every pass with its options, one line each."""
     _load_plugins(plugin)
+    if check and not rules:
+        raise SpecError("--check tries rules", hint="graphopt passes --rules --check")
+    chosen = {name: registry.get(name) for name in names or registry.all_passes()}
+    if rules:
+        _list_rules(chosen, check, seed, as_json)
+        return
     rows: list[dict[str, Any]] = [
         {
             "name": name,
@@ -299,7 +333,7 @@ def passes(plugin: Plugins = None, as_json: AsJson = False) -> None:
             "stage": cls.stage,
             "summary": cls.summary(),
         }
-        for name, cls in registry.all_passes().items()
+        for name, cls in chosen.items()
     ]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("pass", "options", "", "what it does"):
@@ -308,6 +342,16 @@ def passes(plugin: Plugins = None, as_json: AsJson = False) -> None:
         options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
         table.add_row(row["name"], options, row["exactness"], row["summary"])
     emit({"passes": rows}, as_json, table)
+
+
+def _list_rules(chosen: dict[str, type[Pass]], check: bool, seed: int, as_json: bool) -> None:
+    from graphopt import rule_listing  # noqa: PLC0415
+
+    with working("trying rules", as_json):
+        found = rule_listing.rows(chosen, check=check, seed=seed)
+    emit({"rules": found}, as_json, rule_listing.table(found))
+    if any(row.get("problems") for row in found):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -388,6 +432,40 @@ def _reproducers(folder: Path | None, output: Path | None) -> Path | None:
     if folder is not None or output is None:
         return folder
     return output.with_name(output.name + ".reproducers")
+
+
+def _thread_counts(given: list[str] | None) -> list[int] | None:
+    """Return `--threads 1,2 --threads 4` as numbers.
+
+    Raises:
+        SpecError: not numbers.
+    """
+    if not given:
+        return None
+    try:
+        return [int(count) for item in given for count in item.split(",")]
+    except ValueError as error:
+        raise SpecError(f"--threads {','.join(given)} is not understood", hint="--threads 1,4") from error
+
+
+def _settings(given: list[str] | None) -> list[dict[str, tuple[int, ...]]] | None:
+    """Return `--shape` options as sets: a name that comes again begins another, which keeps the other names' shapes.
+
+    Raises:
+        SpecError: not of the form `NAME=1,3,224,224`.
+    """
+    if not given:
+        return None
+    found: list[dict[str, tuple[int, ...]]] = [{}]
+    fresh: set[str] = set()
+    for item in given:
+        one = _shapes([item]) or {}
+        if fresh & set(one):
+            found.append(dict(found[-1]))
+            fresh = set()
+        found[-1].update(one)
+        fresh |= set(one)
+    return found
 
 
 def main() -> None:

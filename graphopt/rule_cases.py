@@ -168,11 +168,16 @@ def _other_domain(draft: Draft, rng: np.random.Generator) -> Case | None:
     """One operator put into a local function of its own: another domain, the same values."""
     place = int(rng.integers(len(draft.nodes)))
     node = draft.nodes[place]
-    inputs = [n for n in dict.fromkeys(node.input) if n]
+    # as many inputs as the operator has: ORT takes some domains' Mul for its own and reads the second
+    inside = onnx.NodeProto()
+    inside.CopyFrom(node)
+    inside.input[:] = [f"p{i}" if n else "" for i, n in enumerate(node.input)]
+    imports = [helper.make_opsetid("", draft.opset)]
     body = helper.make_function(
-        "local", node.op_type, inputs, list(node.output), [node], [helper.make_opsetid("", draft.opset)]
+        "local", node.op_type, [n for n in inside.input if n], list(node.output), [inside], imports
     )
-    calling = helper.make_node(node.op_type, inputs, node.output, node.name, domain="local")
+    given = [n for n in node.input if n]
+    calling = helper.make_node(node.op_type, given, node.output, node.name, domain="local")
     nodes = [calling if i == place else n for i, n in enumerate(draft.nodes)]
     plain = _model(draft)
     graph = helper.make_graph(

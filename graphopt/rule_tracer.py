@@ -250,7 +250,8 @@ class Tracer:
             elif value is not None and not (place < len(inputs) and inputs[place]):
                 inputs += [""] * (place + 1 - len(inputs))
                 held = np.asarray(value)
-                held = held.astype(np.int64 if held.dtype.kind in "iu" else self.known[inputs[0]][0])
+                with np.errstate(over="ignore"):
+                    held = held.astype(np.int64 if held.dtype.kind in "iu" else self.known[inputs[0]][0])
                 inputs[place] = self._constant(f"{name}{len(self.draft.constants)}", held)
         number = len(self.draft.nodes)
         outputs = tuple(f"{call.op.lower()}{number}_{i}" for i in range(call.outputs))

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from graphopt.errors import GraphoptError, SpecError
 from graphopt.interrupt import INTERRUPTED, MESSAGE
@@ -46,13 +47,13 @@ def print_diff(text: str) -> None:
 
 
 @contextlib.contextmanager
-def working(what: str, as_json: bool) -> Iterator[None]:
-    """Show a spinner on stderr while working, on a terminal only."""
+def working(what: str, as_json: bool) -> Iterator[Callable[[str], None]]:
+    """Show a spinner on stderr while working, on a terminal only; yield what takes words about the step at hand."""
     if as_json or not err.is_terminal:
-        yield
+        yield lambda _: None
         return
-    with err.status(what):
-        yield
+    with err.status(what) as status:
+        yield lambda step: status.update(f"{what}: {escape(step)}")
 
 
 def fail(error: GraphoptError) -> NoReturn:

@@ -31,7 +31,7 @@ def describe(*, threads: int | None = None, provider: str | None = None) -> dict
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
         "features": _features(info),
         "memory_bytes": _memory(),
         "system": f"{platform.system()} {platform.release()}",
@@ -71,7 +71,7 @@ def load_average() -> list[float] | None:
         return None
 
 
-def _usable_cores() -> int | None:
+def usable_cores() -> int | None:
     """Return how many cores this process may use, a container's quota counted."""
     try:
         cores = len(os.sched_getaffinity(0))

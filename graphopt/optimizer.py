@@ -29,12 +29,12 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 DEFAULT_OPSET = 17
 
 CLEANUP = (
-    "canonicalize, fold-constants, fold-if, eliminate-identity, fuse-activations, fuse-batchnorm, "
+    "canonicalize, fold-constants, fold-if, eliminate-identity, fuse-activations, fold-affine, "
     "fuse-movement, eliminate-common, eliminate-dead"
 )
 """The canonical stage, repeated until it changes nothing."""
 
-LOWERING = ""
+LOWERING = "lower-affine"
 """The lowering stage: once, after the canonical one.  Its passes look at the target."""
 
 BUDGET = 30.0

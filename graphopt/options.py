@@ -44,6 +44,39 @@ CustomOps = Annotated[
     list[Path] | None,
     typer.Option(metavar="LIBRARY", help="library of custom operators that ONNX Runtime may load"),
 ]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME=1,3,224,224",
+        help="shape of an input, for random feeds; a NAME given again begins another set, and all sets are timed",
+    ),
+]
+ThreadCounts = Annotated[
+    list[str] | None,
+    typer.Option("--threads", metavar="N[,N…]", help="intra-op threads to time with [default: 1, and all cores]"),
+]
 Measure = Annotated[
-    bool, typer.Option("--measure/--no-measure", help="time the result; keep the input where it is not faster")
+    bool | None,
+    typer.Option(
+        "--measure/--no-measure",
+        help="time what optional passes bring, leave out what does not pay, and keep the input where the result is "
+        "slower [default: measure; not with --elsewhere, --stage canonical, --decisions]",
+        show_default=False,
+    ),
+]
+Budget = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="time that measuring may take, about")]
+StageOption = Annotated[
+    Literal["canonical", "lowering"],
+    typer.Option(help="where to stop: canonical keeps to one spelling, for later work; lowering suits the target"),
+]
+Contrib = Annotated[bool, typer.Option("--contrib", help="allow operators of ONNX Runtime's own domains")]
+Elsewhere = Annotated[
+    bool, typer.Option("--elsewhere", help="the result will run on another machine: time nothing, use static defaults")
+]
+DecisionsFile = Annotated[
+    Path | None, typer.Option("--decisions", metavar="FILE", help="do what an earlier run decided, without measuring")
+]
+WriteDecisions = Annotated[
+    Path | None, typer.Option("--write-decisions", metavar="FILE", help="write what was decided, for --decisions")
 ]

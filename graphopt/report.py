@@ -47,9 +47,13 @@ class Report:
     Attributes:
         model: where the input came from.
         pipeline: its text form.
-        decision: `optimized`, or `input kept` with the reason in `reason`.
+        decision: `optimized`; `canonicalized`, where that without optional passes was returned; or `input kept`; why
+            stands in `reason`.
         verification: what numeric checks found (None: none was made).
-        timing: what the profit gate measured (None: not measured).
+        timing: what the last gate measured under the condition that was worst, and `conditions` (None: not measured).
+        families: what each optional pass brings, and what became of it.
+        measured: threads, shapes, budget, and all that the last gate tried.
+        decisions: what repeats this run without measuring.
     """
 
     model: str
@@ -63,6 +67,9 @@ class Report:
     samples: str | None = None
     verification: dict[str, Any] | None = None
     timing: dict[str, Any] | None = None
+    families: list[dict[str, Any]] = field(default_factory=list)
+    measured: dict[str, Any] | None = None
+    decisions: dict[str, Any] | None = None
     decision: str = "optimized"
     reason: str | None = None
     seconds: float = 0.0
@@ -90,6 +97,7 @@ def human_bytes(count: float) -> str:
 def render(report: Report) -> Group:
     """Return the report for a terminal."""
     parts: list[Any] = [_passes_table(report.passes)]
+    parts += [_families_table(report.families)] if report.families else []
     parts += [_line(line) for line in summary_lines(report)]
     for record in report.failures:
         parts.append(_line(f"! {record.name} was rolled back: {record.failure}", "red"))
@@ -116,6 +124,31 @@ def _passes_table(records: Iterable[PassRecord]) -> Table:
             "rolled back" if row["failed"] else (f"{row['blocked']} blocked" if row["blocked"] else ""),
         )
     return table
+
+
+def _families_table(families: Iterable[dict[str, Any]]) -> Table:
+    """Return what each optional pass brings: time with it over time without it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("optional pass", "sites", "time with it", "interval", "", "why"):
+        table.add_column(title, justify="right" if title in ("sites", "time with it") else "left", no_wrap=True)
+    for row in families:
+        for name, found in family_rows(row):
+            low, high = found.get("interval", (None, None))
+            table.add_row(
+                name,
+                str(row["changes"]) if found is row else "",
+                f"{found['ratio']:.3f}" if low is not None else "",
+                f"{low:.3f}–{high:.3f}" if low is not None else "",
+                row["verdict"] if found is row else "",
+                row["reason"] if found is row else "",
+            )
+    return table
+
+
+def family_rows(family: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return a family under its name, then each variant measured under its options."""
+    variants = [(" ".join(f"  {k}={v}" for k, v in one["options"].items()), one) for one in family["variants"]]
+    return [(family["name"], family), *variants]
 
 
 def rows_by_pass(records: Iterable[PassRecord]) -> list[dict[str, Any]]:
@@ -145,9 +178,8 @@ def summary_lines(report: Report) -> list[str]:
     lines += [f"{record.name}: {note}" for record in report.passes for note in record.notes]
     if report.verification is not None:
         lines.append(verification_line(report.verification, report.samples))
-    if report.timing is not None:
-        lines.append(timing_line(report.timing))
-    if report.decision != "optimized":
+    lines += gate_lines((report.measured or {}).get("tried", []))
+    if report.reason is not None:
         lines.append(f"{report.decision}: {report.reason}")
     return lines
 
@@ -166,8 +198,21 @@ CLOCKS = {"cpu": "processor time", "wall": "wall time"}
 """What a ratio is measured by, in words."""
 
 
+def gate_lines(tried: list[dict[str, Any]]) -> list[str]:
+    """Return what the last gate measured: every candidate under every condition."""
+    lines = []
+    for one in tried:
+        which = f"{one['candidate']}: " if len(tried) > 1 else ""
+        if one["same_graph"]:
+            lines.append(f"{which}ONNX Runtime makes the same graph of the result as of the input: nothing to time")
+        for label, ratio in one.get("conditions", {}).items():
+            shapes = label.partition(", ")[2]
+            lines.append(which + timing_line(ratio) + (f", {shapes}" if shapes else ""))
+    return lines
+
+
 def timing_line(timing: dict[str, Any]) -> str:
-    """Return what the profit gate measured."""
+    """Return what the last gate measured under one condition."""
     low, high = timing["interval"]
     return (
         f"latency ratio {timing['ratio']:.3f} (95 % interval {low:.3f}–{high:.3f}) of the input in ONNX Runtime, "

@@ -37,9 +37,15 @@ from graphopt.model import Model, load
 from graphopt.ratio import Ratio, Times, paired
 from graphopt.runtime import Feeds, Runnable, Session
 
-__all__ = ["Bench", "ModelTiming", "Plan", "Ratio", "bench", "paired", "quick_ratio"]
+__all__ = ["Bench", "ModelTiming", "Plan", "Prepared", "Ratio", "bench", "paired", "prepare", "quick_ratio"]
 
 Clock: TypeAlias = Literal["auto", "wall", "cpu"]
+
+QUICK_ROUNDS = 6
+"""Rounds of a short measurement."""
+
+FEWEST = 6
+"""Measurements of a round that are left, at least, when only the fastest of neighbours count."""
 
 MAX_FEEDS = 16
 """Feeds held in memory while timing; pairs take them in turn."""
@@ -57,21 +63,35 @@ class Plan:
 
     Attributes:
         rounds: rounds of fresh sessions before the width is looked at.
+        least_rounds: as many are made even when it is late; None for `rounds`.
         round_seconds: time to spend on the pairs of one round.
         max_seconds: no further rounds begin after this.
         precision: width of the interval (as a part of the ratio) at which to stop; None takes the rounds as given.
         warmup: untimed runs of each session in each round.
         min_time: seconds that one measurement lasts at least; faster models are run several times for it.
+        fastest: of so many neighbouring measurements by wall time the fastest alone counts, where a round has enough of
+            them: what else the machine does makes single runs slower, never faster.
         clock: whose ratio decides; `auto` is processor time where the calling thread does all the work.
     """
 
     rounds: int = 10
+    least_rounds: int | None = None
     round_seconds: float = 0.8
     max_seconds: float = 40.0
     precision: float | None = 0.03
     warmup: int = 3
     min_time: float = 0.0005
+    fastest: int = 1
     clock: Clock = "auto"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Feeds that were read before, for several measurements on the same; `description` and `shapes` in words."""
+
+    feeds: tuple[Feeds, ...]
+    description: str
+    shapes: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,12 +184,19 @@ class _Record:
     loads: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     repeat: int = 1
     pairs: int = 0
+    fastest: int = 1
     clock: Literal["wall", "cpu"] = "wall"
 
     def ratio(self, confidence: float, seed: int) -> Ratio:
         """Return the ratio by the clock that decides."""
-        found = paired(*(self.cpu if self.clock == "cpu" else self.wall), confidence=confidence, seed=seed)
-        return replace(found, conditions={"clock": self.clock})
+        rows = self.cpu if self.clock == "cpu" else tuple([_fastest(r, self.fastest) for r in m] for m in self.wall)
+        return replace(paired(*rows, confidence=confidence, seed=seed), conditions={"clock": self.clock})
+
+
+def _fastest(row: Times, of: int) -> Times:
+    """Return the least of each `of` neighbours; of fewer where less than `FEWEST` would be left."""
+    blocks = len(row) // max(1, min(of, len(row) // FEWEST))
+    return np.array([block.min() for block in np.array_split(row, blocks)]) if blocks else row
 
 
 def bench(
@@ -236,21 +263,26 @@ def bench(
 def quick_ratio(
     a: Runnable,
     b: Runnable,
-    samples: Spec = None,
+    samples: Spec | Prepared = None,
     *,
     budget_s: float = 2.0,
     threads: int = 1,
     provider: str = "cpu",
     seed: int = 0,
     confidence: float = 0.95,
+    custom_ops: Sequence[Path] = (),
 ) -> Ratio:
     """Return the ratio b/a from a short measurement of about `budget_s` seconds, loading not counted.
 
-    Six rounds; models that take long get two pairs in each.  Arguments and errors are those of `bench`.
+    Six rounds of at least two pairs; fewer, down to four, where loading takes several times the budget.
+    Arguments and errors are those of `bench`; `custom_ops` are for models given by path.
     """
-    plan = Plan(rounds=6, round_seconds=budget_s / 6, precision=None)
+    plan = Plan(
+        rounds=QUICK_ROUNDS, least_rounds=4, round_seconds=budget_s / QUICK_ROUNDS, precision=None,
+        max_seconds=3 * budget_s + 1.0, fastest=5,
+    )  # fmt: skip
     feeds, _ = _feeds(a, samples, seed)
-    custom_ops = custom_libraries(a, b)
+    custom_ops = tuple(dict.fromkeys((*custom_ops, *custom_libraries(a, b))))
     with _on_disk((a, b)) as paths:
         timer = _Timer(paths, feeds, plan, seed, threads=threads, provider=provider, custom_ops=custom_ops)
         record = timer.run(confidence)
@@ -272,14 +304,14 @@ class _Timer:
 
     def run(self, confidence: float) -> _Record:
         """Return the timings of all rounds; the number of rounds doubles until the interval is narrow."""
-        record = _Record()
+        record = _Record(fastest=self.plan.fastest)
         deadline = time.perf_counter() + self.plan.max_seconds
         wanted = self.plan.rounds
         while True:
             for number in range(len(record.wall[0]), wanted):
                 self._round(number, record)
                 late = time.perf_counter() > deadline
-                if late and number + 1 >= self.plan.rounds:
+                if late and number + 1 >= (self.plan.least_rounds or self.plan.rounds):
                     return record
             if self.plan.precision is None:
                 return record
@@ -356,8 +388,20 @@ def _seconds(call: Callable[[], object], repeat: int) -> tuple[float, float]:
     return (ended - begun) / repeat, cpu / repeat
 
 
-def _feeds(model: Runnable, samples: Spec, seed: int) -> tuple[list[Feeds], str]:
+def prepare(model: Runnable, samples: Spec, seed: int = 0) -> Prepared:
+    """Return the feeds that models are timed on: the first `MAX_FEEDS`, of random ones the first.
+
+    Raises:
+        DataError: there are none, or they do not fit.
+    """
+    feeds, description = _feeds(model, samples, seed)
+    return Prepared(tuple(feeds), description, _shapes(feeds))
+
+
+def _feeds(model: Runnable, samples: Spec | Prepared, seed: int) -> tuple[list[Feeds], str]:
     """Return the feeds to time on and their description; of random ones the first, which has one shape."""
+    if isinstance(samples, Prepared):
+        return list(samples.feeds), samples.description
     loaded = load_samples(samples, model if isinstance(model, Model) else load(model), seed=seed)
     feeds: list[Feeds] = list(itertools.islice(loaded, 1 if loaded.random else MAX_FEEDS))
     if not feeds:

@@ -315,7 +315,7 @@ def test_an_opset_beside_a_pipeline_of_ones_own_is_refused() -> None:
 
 def test_an_input_that_is_kept_says_which_opset_it_stays_at(monkeypatch: pytest.MonkeyPatch) -> None:
     slower = Ratio(1.5, 1.4, 1.6, conditions={"threads": 1, "provider": "cpu", "clock": "wall"})
-    monkeypatch.setattr("graphopt.optimizer.quick_ratio", lambda *_, **__: slower)
+    monkeypatch.setattr("graphopt.judge.quick_ratio", lambda *_, **__: slower)
     result = graphopt.optimize(small_model(), opset=20)
     assert result.report.decision == "input kept"
     assert "stays at opset 17" in str(result.report.reason)

@@ -27,6 +27,32 @@ COMMUTATIVE = frozenset(
 )  # fmt: skip
 """The order of inputs does not matter."""
 
+UNARY = frozenset(
+    {
+        "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil", "Celu", "Clip", "Cos",
+        "Cosh", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf",
+        "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid",
+        "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
+    }
+)  # fmt: skip
+"""Each element of the output is made of the one at its place in input 0; further inputs are parameters."""
+
+BROADCASTING = frozenset(
+    {
+        "Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual", "Less",
+        "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+    }
+)  # fmt: skip
+"""Elementwise over all inputs, which broadcast (the slope of PRelu to its first one)."""
+
+REDUCTIONS = frozenset(
+    {
+        "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin",
+        "ReduceProd", "ReduceSum", "ReduceSumSquare",
+    }
+)  # fmt: skip
+"""One element of each run along the axes; `axes` and `keepdims`."""
+
 MOVEMENT = frozenset(
     {
         "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Gather",
@@ -82,6 +108,20 @@ MOVED_TO_INPUT: Mapping[tuple[str, str], tuple[int, int]] = {
     },
 }  # fmt: skip
 """(operator, parameter) -> (opset from which it is an input, index of that input); before, it is an attribute."""
+
+WEIGHTED: Mapping[str, int] = {"Conv": 0, "ConvTranspose": 1}
+"""Operators whose input 1 is a weight of the rank of their input: its axis for output channels (of one group)."""
+
+BLOCKED = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
+"""What ORT's CPU provider computes in its blocked layout (NCHWc): rank 4, constant weights."""
+
+BLOCKED_THROUGH = frozenset(
+    {
+        "Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Clip", "Add", "Sum", "Mul", "Concat",
+        "BatchNormalization", "Resize", "Upsample",
+    }
+)  # fmt: skip
+"""What ORT computes in the blocked layout where its inputs have it already."""
 
 OUTPUTS_SET_MODE = frozenset({"BatchNormalization"})
 """Naming an optional output may change what the operator computes (before opset 14)."""

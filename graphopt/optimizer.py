@@ -29,12 +29,13 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 DEFAULT_OPSET = 17
 
 CLEANUP = (
-    "canonicalize, fold-constants, fold-if, eliminate-identity, fuse-activations, fold-affine, "
-    "fuse-movement, eliminate-common, eliminate-dead"
+    "canonicalize, fold-constants, simplify-shapes, fold-if, eliminate-identity, fuse-activations, fuse-gelu, "
+    "fold-affine, sink-transposes, fuse-movement, eliminate-common, "
+    "eliminate-dead"
 )
 """The canonical stage, repeated until it changes nothing."""
 
-LOWERING = "lower-affine"
+LOWERING = "lower-affine, lower-activations"
 """The lowering stage: once, after the canonical one.  Its passes look at the target."""
 
 BUDGET = 30.0

@@ -17,7 +17,7 @@ import numpy as np
 
 from graphopt.analysis.constants import Unknown
 from graphopt.matcher import NodeView
-from graphopt.ops import is_standard
+from graphopt.ops import BROADCASTING, is_standard
 from graphopt.pattern import Op, Value
 from graphopt.rewrite import Match, RefusedError, Rule
 
@@ -25,10 +25,7 @@ from .fuse_views import numbers
 
 Pads = dict[int, tuple[int, int]]
 
-BROADCASTING = (
-    "Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "And", "Or", "Xor", "Equal", "Less", "Greater", "LessOrEqual",
-    "GreaterOrEqual",
-)  # fmt: skip
+_BINARY = sorted(BROADCASTING - {"Where", "PRelu", "Sum", "Mean", "Mod"})
 
 _NOT_NEGATIVE = frozenset({"Relu", "Sigmoid", "Abs", "HardSigmoid", "Softplus", "Softmax", "Exp", "Sqrt"})
 
@@ -257,7 +254,7 @@ class ExpandLeft(Rule):
     @staticmethod
     def pattern(op: Op, x: Value, s: Value, y: Value) -> Value:
         wide = op.Expand(x, s, name="expand")
-        return op.any(*(getattr(op, kind)(wide, y, name="op") for kind in BROADCASTING))
+        return op.any(*(getattr(op, kind)(wide, y, name="op") for kind in _BINARY))
 
     @staticmethod
     def check(x: Value, y: Value, m: Match) -> str | None:
@@ -278,7 +275,7 @@ class ExpandRight(Rule):
     @staticmethod
     def pattern(op: Op, x: Value, s: Value, y: Value) -> Value:
         wide = op.Expand(x, s, name="expand")
-        return op.any(*(getattr(op, kind)(y, wide, name="op") for kind in BROADCASTING))
+        return op.any(*(getattr(op, kind)(y, wide, name="op") for kind in _BINARY))
 
     @staticmethod
     def check(x: Value, y: Value, m: Match) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.matcher import NodeView
+from graphopt.ops import REDUCTIONS
 from graphopt.pattern import Op, Value
 from graphopt.rewrite import Match, RefusedError, Rule
 
@@ -29,11 +30,6 @@ Size = tuple[int, tuple[int, ...]]
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 ONE: Size = (1, ())
-
-REDUCTIONS = (
-    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
-    "ReduceLogSumExp", "ReduceSumSquare",
-)  # fmt: skip
 
 
 def sizes_of(value: Value) -> list[Size] | None:
@@ -256,7 +252,7 @@ class ShapeOfTranspose(Rule):
 
 
 def _reductions(op: Op, x: Value, keepdims: int) -> Value:
-    return op.any(*(getattr(op, kind)(x, keepdims=keepdims, name="reduce") for kind in REDUCTIONS))
+    return op.any(*(getattr(op, kind)(x, keepdims=keepdims, name="reduce") for kind in sorted(REDUCTIONS)))
 
 
 def _reduced_axes(m: Match, x: Value) -> list[int] | str:

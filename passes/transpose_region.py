@@ -1,0 +1,253 @@
+"""Where Transposes are best put: operators that can compute on permuted tensors, and the cheapest cut between them.
+
+Each operator of a region works on tensors as they are (0) or permuted (1).  A tensor that is made in one way and
+read in the other costs a Transpose.  Transposes that are there already make the other way free: the output of one
+is its input, permuted back.  What cannot move works as it is.  The cheapest assignment is a minimum cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+from graphopt.analysis.constants import is_constant
+from graphopt.base import Context
+from graphopt.edit import Edit
+from graphopt.ops import is_standard
+
+from .transpose_flow import Flow, Perm, Port, Site, flow, inverse, is_identity
+
+_CALL = 16
+"""What running any Transpose costs, in units of 64 bytes moved."""
+
+_DYNAMIC = 32
+"""Size that a dynamic axis is taken to have."""
+
+_MOST, _NEVER = 1 << 22, 1 << 30
+"""Largest cost of one tensor, and the cost of what cannot be."""
+
+
+def perm_of(node: gs.Node) -> Perm | None:
+    """Return the stated permutation of a Transpose."""
+    found = node.attrs.get("perm")
+    return tuple(int(a) for a in found) if isinstance(found, list | tuple) else None
+
+
+@dataclass
+class Region:
+    """Tensors that may be permuted, and the operators between them.
+
+    Attributes:
+        perms: permutation of each tensor, by id.
+        tensors: the tensors, by id.
+        flows: how each operator computes when its tensors are permuted, by id.
+        nodes: those operators, by id.
+        sources, sinks: Transposes that undo, or do, the permutation of a tensor, by id.
+        stuck: an operator that cannot move, for the report.
+    """
+
+    perms: dict[int, Perm] = field(default_factory=dict)
+    tensors: dict[int, gs.Tensor] = field(default_factory=dict)
+    flows: dict[int, Flow] = field(default_factory=dict)
+    nodes: dict[int, gs.Node] = field(default_factory=dict)
+    sources: dict[int, gs.Node] = field(default_factory=dict)
+    sinks: dict[int, gs.Node] = field(default_factory=dict)
+    stuck: gs.Node | None = None
+
+    @property
+    def transposes(self) -> list[gs.Node]:
+        """The Transposes at its borders."""
+        return [*self.sources.values(), *self.sinks.values()]
+
+
+def grow(edit: Edit, ctx: Context, seed: gs.Tensor, perm: Perm) -> Region:
+    """Return the region of all that can be permuted together with a tensor."""
+    region, waiting, fixed = Region(), [seed], set[int]()
+    region.perms[id(seed)], region.tensors[id(seed)] = perm, seed
+    while waiting:
+        tensor = waiting.pop()
+        held = region.perms[id(tensor)]
+        if is_identity(held):
+            continue
+        for node, port in _ports(edit, tensor):
+            if id(node) in fixed or id(node) in region.nodes or _is_border(region, node, port, held):
+                continue
+            made = flow(Site(node, edit, ctx), port, held)
+            if made is None or not _fits(region, node, made, ctx):
+                fixed.add(id(node))
+                region.stuck = region.stuck or node
+                continue
+            region.nodes[id(node)], region.flows[id(node)] = node, made
+            for other, wanted in _tensors(node, made):
+                if id(other) not in region.perms:
+                    region.perms[id(other)], region.tensors[id(other)] = wanted, other
+                    waiting.append(other)
+    return region
+
+
+def _ports(edit: Edit, tensor: gs.Tensor) -> Iterator[tuple[gs.Node, Port]]:
+    """Yield the operators of this graph that make or read a tensor, and where."""
+    for node in (*tensor.inputs, *edit.consumers(tensor)):
+        if edit.is_local(node) and not edit.removed(node):
+            yield from ((node, ("out", i)) for i, t in enumerate(node.outputs) if t is tensor)
+            yield from ((node, ("in", i)) for i, t in enumerate(node.inputs) if t is tensor)
+
+
+def _is_border(region: Region, node: gs.Node, port: Port, perm: Perm) -> bool:
+    """Take down a Transpose that does or undoes the permutation."""
+    if not is_standard(node, "Transpose"):
+        return False
+    found = perm_of(node)
+    if found is not None and port[0] == "in" and found == perm:
+        region.sinks[id(node)] = node
+    if found is not None and port[0] == "out" and found == inverse(perm):
+        region.sources[id(node)] = node
+    return True
+
+
+def _tensors(node: gs.Node, made: Flow) -> Iterator[tuple[gs.Tensor, Perm]]:
+    for i, perm in made.inputs.items():
+        yield node.inputs[i], perm
+    for i, perm in made.outputs.items():
+        if node.outputs[i].name:
+            yield node.outputs[i], perm
+
+
+def _fits(region: Region, node: gs.Node, made: Flow, ctx: Context) -> bool:
+    """Tell whether a flow agrees with what is known of its tensors."""
+    for tensor, perm in _tensors(node, made):
+        if region.perms.get(id(tensor), perm) != perm or is_constant(tensor):
+            return False
+        if ctx.shapes.proved(tensor).rank != len(perm):
+            return False
+    return True
+
+
+@dataclass
+class Cut:
+    """The assignment of a region.
+
+    Attributes:
+        moved: operators that work on permuted tensors, by id.
+        before: what the Transposes cost now, in units of 64 bytes moved.
+        after: what they cost then.
+        count_before, count_after: how many there are.
+    """
+
+    moved: set[int]
+    before: int
+    after: int
+    count_before: int
+    count_after: int
+
+
+def cost(region: Region, tensor: gs.Tensor, ctx: Context) -> int:
+    """Return what transposing a tensor of the region costs."""
+    perm, known = region.perms[id(tensor)], ctx.shapes.proved(tensor)
+    if is_identity(perm):
+        return 0
+    shape = known.shape or (None,) * len(perm)
+    moving = [a for a in perm if shape[a] != 1]
+    if moving == sorted(moving):
+        return 1  # a Reshape
+    elements = math.prod(d if isinstance(d, int) else _DYNAMIC for d in shape)
+    return _CALL + min(elements * (known.dtype.itemsize if known.dtype is not None else 4) // 64, _MOST)
+
+
+def ends(edit: Edit, region: Region, tensor: gs.Tensor) -> tuple[int | None, list[int | None], bool]:
+    """Return who makes a tensor and who reads it: ids of operators of the region, None for what cannot move.
+
+    The last value tells whether a Transpose wants it permuted.
+    """
+    producer = tensor.inputs[0] if tensor.inputs else None
+    maker = id(producer) if producer is not None and id(producer) in region.nodes else None
+    readers: list[int | None] = [None] if edit.is_output(tensor) else []
+    wanted = False
+    for node in edit.consumers(tensor):
+        if id(node) in region.sinks:
+            wanted = True
+            continue
+        moving = region.flows[id(node)].inputs if id(node) in region.nodes else {}
+        readers += {id(node) if i in moving else None for i, t in enumerate(node.inputs) if t is tensor} or {None}
+    return maker, readers, wanted
+
+
+def is_source(region: Region, tensor: gs.Tensor) -> bool:
+    """Tell whether a tensor comes of a Transpose that undoes its permutation."""
+    return bool(tensor.inputs) and id(tensor.inputs[0]) in region.sources
+
+
+def cheapest(edit: Edit, ctx: Context, region: Region) -> Cut:
+    """Return the assignment of least cost; of several the one that moves least."""
+    moved = _minimum_cut(edit, ctx, region)
+    before, count_before = _evaluate(edit, ctx, region, set())
+    after, count_after = _evaluate(edit, ctx, region, moved)
+    return Cut(moved, before, after, count_before, count_after)
+
+
+def crosses(edit: Edit, region: Region, tensor: gs.Tensor, moved: set[int]) -> bool:
+    """Tell whether a tensor is made in one way and read in the other."""
+    maker, readers, wanted = ends(edit, region, tensor)
+    made = maker in moved or is_source(region, tensor)
+    return (wanted and not made) or any((r in moved) != made for r in readers)
+
+
+def _evaluate(edit: Edit, ctx: Context, region: Region, moved: set[int]) -> tuple[int, int]:
+    costs = [cost(region, t, ctx) for t in region.tensors.values() if crosses(edit, region, t, moved)]
+    return sum(costs), sum(c > 0 for c in costs)
+
+
+def _minimum_cut(edit: Edit, ctx: Context, region: Region) -> set[int]:
+    """Return the operators on the permuted side of a minimum cut.
+
+    Node 0 is the side of tensors as they are, node 1 the permuted one.  A tensor made by u and read by several
+    has a node of its own for each direction, so that it is paid for once.
+    """
+    index = {key: i for i, key in enumerate(region.nodes, 2)}
+    edges: dict[tuple[int, int], int] = {}
+    count = len(index) + 2
+
+    def add(a: int, b: int, capacity: int) -> None:
+        if a != b:
+            edges[a, b] = min(edges.get((a, b), 0) + capacity, _NEVER)
+            edges.setdefault((b, a), 0)
+
+    for tensor in region.tensors.values():
+        price = cost(region, tensor, ctx)
+        if not price:
+            continue
+        maker, readers, wanted = ends(edit, region, tensor)
+        made = 1 if is_source(region, tensor) else 0 if maker is None else index[maker]
+        read = {0 if r is None else index[r] for r in readers} | ({1} if wanted else set())
+        if len(read) == 1:
+            (only,) = read
+            add(made, only, price)
+            add(only, made, price)
+            continue
+        for reader in read:
+            add(count, reader, _NEVER)
+            add(reader, count + 1, _NEVER)
+        add(made, count, price)
+        add(count + 1, made, price)
+        count += 2
+    return _permuted_side(edges, count, index)
+
+
+def _permuted_side(edges: dict[tuple[int, int], int], count: int, index: dict[int, int]) -> set[int]:
+    """Return the operators that can reach node 1 in the residual graph of a maximum flow from 0 to 1."""
+    if not edges:
+        return set()
+    pairs = np.array(list(edges), np.int32)
+    capacities = np.array(list(edges.values()), np.int32)
+    graph = coo_array((capacities, (pairs[:, 0], pairs[:, 1])), shape=(count, count)).tocsr()
+    residual = (graph - maximum_flow(graph, 0, 1).flow).tocsr()
+    residual.data = np.maximum(residual.data, 0)
+    residual.eliminate_zeros()
+    reached = set(breadth_first_order(residual.T.tocsr(), 1, return_predecessors=False).tolist())
+    return {key for key, i in index.items() if i in reached}

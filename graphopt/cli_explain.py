@@ -15,6 +15,9 @@ def explain(
     model: ModelPath,
     data: Data = None,
     everything: Annotated[bool, typer.Option("--all", help="every row of every table, names in full")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="time graphopt's result against the model")
+    ] = True,
     threads: Threads = 1,
     provider: Provider = "cpu",
     shape: Shape = None,
@@ -34,5 +37,6 @@ def explain(
         found = run_explain(
             load(model, custom_ops=custom_ops or ()),
             data=data, shapes=shapes(shape), batch=batch, threads=threads, provider=provider, seed=seed,
+            measure=measure,
         )  # fmt: skip
     emit(found.to_dict(), as_json, explanation(found, everything=everything))

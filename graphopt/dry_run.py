@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from graphopt.base import Change, Target
+from graphopt import registry
+from graphopt.base import Change, Target, all_names
 from graphopt.kernels import REORDERS
-from graphopt.model import Model
+from graphopt.model import Model, load
 from graphopt.optimizer import default_pipeline
 from graphopt.pipeline import Settings
-from graphopt.profile import profiled
+from graphopt.profile import optimized_graph
 from graphopt.report import PassRecord, Size
 from graphopt.samples import Samples
+from graphopt.timing import quick_ratio
+from graphopt.trace import all_nodes
+
+BUDGET = 1.0
+"""Seconds of timing, loading not counted."""
+
+_NUMBER = re.compile(r"(?<![\w.])\d[\d.,]*(?![\w.])")
+_SIZES = re.compile(r"\[[\d, -]+\]")
+_WORD = re.compile(r"[^\s,;()'`]*[^\s,;()'`:.]")
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,15 @@ class Group:
 
 @dataclass(frozen=True)
 class After:
-    """The result in ORT: its kernels, reorders among them, and the seconds all kernels took in one profiled run."""
+    """The result in ORT.
 
-    kernels: int
-    reorders: int
-    kernel_seconds: float
+    `kernels` and `reorders` are counts, None where ORT's graph cannot be read.  `timing` is its latency as a part of
+    the model's own, as `Ratio.to_dict` has it; None where it was not measured.
+    """
+
+    kernels: int | None
+    reorders: int | None
+    timing: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,7 @@ class DryRun:
         near_misses: what passes nearly changed and still would not when they are done.
         failures: pass -> why it was rolled back.
         result: the result in ORT.
+        names: of nodes and tensors, left out where sites are compared.
     """
 
     pipeline: str
@@ -73,15 +89,30 @@ class DryRun:
     near_misses: tuple[Site, ...]
     failures: dict[str, str]
     result: After
+    names: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, near misses grouped."""
-        document = asdict(self)
-        document["near_misses"] = [{**asdict(group), "count": group.count} for group in grouped(self.near_misses)]
-        return document
+        return {
+            "pipeline": self.pipeline, "before": asdict(self.before), "after": asdict(self.after),
+            "opset": list(self.opset), "changes": [asdict(site) for site in self.changes],
+            "near_misses": [{**asdict(group), "count": group.count} for group in self.missed()],
+            "failures": self.failures, "result": asdict(self.result),
+        }  # fmt: skip
+
+    def changed(self) -> list[Group]:
+        """Return the changes in groups, those first that go beyond tidying up."""
+        groups = grouped(self.changes, self.names, reasons=False)
+        return sorted(groups, key=lambda group: (not registry.get(group.step).optional, -group.count))
+
+    def missed(self) -> list[Group]:
+        """Return the near misses in groups, the largest first."""
+        return grouped(self.near_misses, self.names)
 
 
-def dry_run(model: Model, samples: Samples, *, threads: int, provider: str, seed: int) -> DryRun:
+def dry_run(
+    model: Model, samples: Samples, *, threads: int = 1, provider: str = "cpu", seed: int = 0, measure: bool = True
+) -> DryRun:
     """Run the default pipeline over a copy of `model`, and the result in ORT.
 
     Raises:
@@ -111,7 +142,8 @@ def dry_run(model: Model, samples: Samples, *, threads: int, provider: str, seed
     return DryRun(
         str(pipeline), report.before, report.after, (report.opset_before, report.opset_after), tuple(changes),
         tuple(near), {r.name: r.failure or "" for r in report.failures},
-        _after(result.model, samples, threads=threads, provider=provider, seed=seed),
+        After(*_kernels(result.model, provider), _timing(model, result.model, samples, settings) if measure else None),
+        frozenset(all_names(model) | all_names(result.model)) - {str(node.op) for node in model.nodes()},
     )  # fmt: skip
 
 
@@ -119,32 +151,44 @@ def _kept() -> None:
     """Stand for a change that was applied."""
 
 
-def _after(model: Model, samples: Samples, *, threads: int, provider: str, seed: int) -> After:
-    found = profiled(model, samples, threads=threads, provider=provider, seed=seed)
-    ops = [kernel.node.op_type for kernel in found.matches.kernels] or [time.op for time in found.times]
-    return After(len(ops), sum(op in REORDERS for op in ops), sum(time.seconds for time in found.times))
+def _kernels(model: Model, provider: str) -> tuple[int | None, int | None]:
+    """Return how many nodes ORT makes of a model, and how many of them are reorders."""
+    optimized = optimized_graph(load(model), provider=provider)
+    if optimized is None:
+        return None, None
+    ops = [node.op_type for node in all_nodes(optimized.graph)]
+    return len(ops), sum(op in REORDERS for op in ops)
 
 
-def grouped(sites: tuple[Site, ...]) -> list[Group]:
-    """Return sites that say the same but for names and numbers as groups, the largest first."""
+def _timing(before: Model, after: Model, samples: Samples, settings: Settings) -> dict[str, Any]:
+    target = settings.target
+    feeds = samples.limit(1) if samples.random else samples
+    ratio = quick_ratio(
+        before, after, feeds, budget_s=BUDGET, threads=target.threads, provider=target.provider, seed=settings.seed
+    )
+    return ratio.to_dict()
+
+
+def grouped(sites: Sequence[Site], names: Collection[str] = (), *, reasons: bool = True) -> list[Group]:
+    """Return sites that say the same but for names (and numbers in reasons) as groups, the largest first."""
     groups: dict[tuple[str, str, str], list[Site]] = defaultdict(list)
     for site in sites:
-        groups[site.step, _plain(site.what), _plain(site.why)].append(site)
+        why = _NUMBER.sub("N", _plain(site.why, names)) if reasons else ""
+        groups[site.step, _plain(site.what, names), why].append(site)
     found = [
-        Group(
-            step, members[0].what if len(members) == 1 else what, why, members[0].why, tuple(s.where for s in members)
-        )
-        for (step, what, why), members in groups.items()
+        Group(step, one[0].what if len(one) == 1 else what, why, one[0].why, tuple(site.where for site in one))
+        for (step, what, why), one in groups.items()
     ]
     return sorted(found, key=lambda group: -group.count)
 
 
-def by_step(sites: tuple[Site, ...]) -> dict[str, int]:
+def by_step(sites: Sequence[Site]) -> dict[str, int]:
     """Return pass -> how many, the largest first."""
     return dict(Counter(site.step for site in sites).most_common())
 
 
-def _plain(text: str) -> str:
-    """Return a sentence without the names and numbers that tell one place from another."""
+def _plain(text: str, names: Collection[str]) -> str:
+    """Return a sentence without the names that tell one place from another."""
     text = re.sub(r"'[^']*'|`[^`]*`", "'…'", text)
-    return re.sub(r"(?<![\w.])\d[\d.,]*(?![\w.])", "N", text)
+    text = _SIZES.sub("[…]", text)
+    return _WORD.sub(lambda word: "'…'" if word[0] in names else word[0], text)

@@ -7,17 +7,15 @@ A dry run of the default pipeline lists the changes it makes and the near misses
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt import runtime
 from graphopt.analysis.cost import Sizes, costs
 from graphopt.analysis.quantized import is_wrapped, why_float
 from graphopt.analysis.shapes import Shapes
@@ -30,11 +28,12 @@ from graphopt.kernels import ELEMENTWISE, REORDERS, is_integer
 from graphopt.layout import moves
 from graphopt.model import Model, Source, load
 from graphopt.ops import is_standard
-from graphopt.profile import Profiled, profiled
+from graphopt.profile import Profiled, optimized_graph, profiled
+from graphopt.runtime import Optimization
 from graphopt.samples import Samples
 from graphopt.trace import Trace
 
-LOWER_LEVELS: tuple[runtime.Optimization, ...] = ("basic", "extended")
+LOWER_LEVELS: tuple[Optimization, ...] = ("basic", "extended")
 """ORT's optimisation levels before `all`."""
 
 
@@ -102,6 +101,7 @@ class Explanation:
     Attributes:
         model: its file, or `<memory>`.
         samples: what was run.
+        at: input -> shape in the first sample (tensors only).
         seconds: one run while profiled, of which `kernel_seconds` inside kernels.
         readable: whether ORT could write its graph (not for providers that compile, nor above 2 GB): else all fates
             are unknown or guessed from names.
@@ -114,6 +114,7 @@ class Explanation:
 
     model: str
     samples: str
+    at: dict[str, tuple[int, ...]]
     seconds: float
     kernel_seconds: float
     readable: bool
@@ -159,7 +160,8 @@ class Explanation:
         """Return plain values for JSON."""
         reorders, reorder_share = self.reorders
         return {
-            "model": self.model, "samples": self.samples, "ms": self.seconds * 1e3,
+            "model": self.model, "samples": self.samples,
+            "at": {k: list(shape) for k, shape in self.at.items()}, "ms": self.seconds * 1e3,
             "kernel_ms": self.kernel_seconds * 1e3, "readable": self.readable,
             "summary": {
                 "nodes": len(self.nodes), "kernels": sum(self.ops_after.values()), "fates": self.fates,
@@ -187,6 +189,7 @@ def explain(
     batch: int = 1,
     threads: int = 1,
     provider: str = "cpu",
+    measure: bool = True,
     seed: int = 0,
 ) -> Explanation:
     """Return what ORT makes of a model, and what graphopt would change; the model is left untouched.
@@ -198,6 +201,7 @@ def explain(
         batch: how many rows of `.npz` samples make a feed.
         threads: ORT's intra-op threads.
         provider: short name of the execution provider.
+        measure: time what graphopt makes of the model against the model.
         seed: of random feeds.
 
     Raises:
@@ -214,13 +218,14 @@ def explain(
     blocked = blocked_kernels(found.matches.kernels)
     return Explanation(
         model=str(loaded.path or "<memory>"), samples=profile.samples,
+        at={name: value.shape for name, value in samples.first().items() if isinstance(value, np.ndarray)},
         seconds=profile.seconds, kernel_seconds=account.total, readable=found.optimized is not None,
         ops_before=dict(Counter(operator(n) for n in loaded.nodes() if not is_standard(n, "Constant")).most_common()),
         ops_after=dict(Counter(kernels).most_common()),
         blocked_kernels=len(blocked),
         elementwise_outside=account.elementwise_outside(blocked) if blocked else None,
         nodes=tuple(account.nodes()), moves=tuple(account.moves()), floats=tuple(account.floats()),
-        dry_run=dry_run(loaded, samples, threads=threads, provider=provider, seed=seed),
+        dry_run=dry_run(loaded, samples, threads=threads, provider=provider, seed=seed, measure=measure),
         environment=profile.environment,
     )  # fmt: skip
 
@@ -277,10 +282,9 @@ class _Account:
         for level in reversed(LOWER_LEVELS):
             copy = load(model)
             trace = Trace(copy)
-            with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-                path = Path(folder) / "optimized.onnx"
-                runtime.Session(copy, optimization=level, provider=provider, optimized_path=path)
-                optimized = onnx.load(path)
+            optimized = optimized_graph(copy, provider=provider, level=level)
+            if optimized is None:
+                continue
             judged = fates(trace, trace.match(optimized), optimized, self.originals, self.sizes)
             found.update((i, level) for i in changed if judged[i].kind not in ("kept", "unknown"))
         return found

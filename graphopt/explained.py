@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from graphopt.dry_run import by_step, grouped
+from graphopt.dry_run import by_step
 from graphopt.explain import Explanation, MoveRow, NodeRow
 from graphopt.tables import grid, lines, milliseconds
 
@@ -40,11 +40,12 @@ def explanation(found: Explanation, *, everything: bool = False) -> Group:
 
 
 def _head(found: Explanation) -> list[str]:
-    at = found.environment
-    threads = at.get("threads", 1)
-    version = at.get("packages", {}).get("onnxruntime", "")
-    run = f"{milliseconds(found.seconds * 1e3)} a run while profiled, on {found.samples}"
-    on = f"{at.get('provider', 'cpu')}, {threads} thread{'s' if threads != 1 else ''}"
+    machine = found.environment
+    threads = machine.get("threads", 1)
+    version = machine.get("packages", {}).get("onnxruntime", "")
+    at = ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in found.at.items())
+    run = f"{milliseconds(found.seconds * 1e3)} a run while profiled, on {found.samples}" + (f": {at}" if at else "")
+    on = f"{machine.get('provider', 'cpu')}, {threads} thread{'s' if threads != 1 else ''}"
     return [f"{Path(found.model).name} in ONNX Runtime {version}, {on}: {run}"]
 
 
@@ -82,14 +83,16 @@ def _promise(found: Explanation) -> list[str]:
     if not run.changes:
         return ["graphopt would change nothing"]
     result = run.result
-    kernels = sum(found.ops_after.values())
     reorders, _ = found.reorders
-    ratio = result.kernel_seconds / found.kernel_seconds if found.kernel_seconds else 1.0
-    moved = f", reorders {reorders} → {result.reorders}" if reorders or result.reorders else ""
-    return [
-        f"graphopt would make {len(run.changes)} changes: nodes {run.before.nodes} → {run.after.nodes}, kernels "
-        f"{kernels} → {result.kernels}{moved}, time in kernels × {ratio:.2f} (profiled once; `optimize` measures)"
-    ]
+    texts = [f"nodes {run.before.nodes} → {run.after.nodes}"]
+    if result.kernels is not None:
+        texts.append(f"kernels {sum(found.ops_after.values())} → {result.kernels}")
+    if result.reorders or (reorders and result.reorders is not None):
+        texts.append(f"reorders {reorders} → {result.reorders}")
+    if result.timing is not None:
+        low, high = result.timing["interval"]
+        texts.append(f"latency × {result.timing['ratio']:.2f} (95 % interval {low:.2f}–{high:.2f}, briefly timed)")
+    return [f"graphopt would make {len(run.changes)} changes: {', '.join(texts)}"]
 
 
 def _operators(found: Explanation, everything: bool) -> list[RenderableType]:
@@ -118,7 +121,7 @@ def _operators(found: Explanation, everything: bool) -> list[RenderableType]:
 
 def _short(row: NodeRow) -> str:
     """Return a node's fate in two or three words."""
-    blocked = ", blocked" if row.blocked else ""
+    blocked = " blocked" if row.blocked else ""
     if row.fate == "kept":
         return f"kept{blocked}"
     if row.fate in ("fused", "rewritten"):
@@ -133,7 +136,7 @@ def _layout(found: Explanation, everything: bool) -> list[RenderableType]:
     rows = [
         {
             "added": f"{len(members)} {op}", "time": _percent(sum(m.share for m in members)),
-            "because of": " ".join(filter(None, [forced or "?", why])),
+            "because of": ": ".join(filter(None, [forced or "?", why])),
             "such as": _names([m.node or m.name for m in members], everything),
         }
         for (op, forced, why), members in sorted(groups.items(), key=lambda g: -sum(m.share for m in g[1]))
@@ -167,7 +170,7 @@ def _nodes(found: Explanation, everything: bool) -> list[RenderableType]:
         }
         for row in rows
     ]  # fmt: skip
-    several = len({row.provider for row in found.nodes if row.kernel}) > 1 or everything
+    several = len({row.provider for row in found.nodes if row.provider}) > 1 or everything
     columns = ("node", "op", "time", *(("provider",) if several else ()), "became")
     return _section("nodes" if everything else "slowest nodes", columns, shown, len(shown), everything)
 
@@ -177,10 +180,9 @@ def _changes(found: Explanation, everything: bool) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if run.changes:
         counts = ", ".join(f"{step} {count}" for step, count in by_step(run.changes).items())
-        groups = grouped(run.changes)
         rows = [
             {"pass": g.step, "changes": g.count, "what": g.what, "such as": _names(g.places, everything)}
-            for g in groups
+            for g in run.changed()
         ]
         parts += _section(
             f"graphopt would change: {counts}", ("pass", "changes", "what", "such as"), rows, CHANGES, everything,
@@ -195,7 +197,7 @@ def _misses(found: Explanation, everything: bool) -> list[RenderableType]:
             "pass": g.step, "sites": g.count, "what": g.what,
             "blocked by": g.example if g.count == 1 else g.why, "such as": _names(g.places, everything),
         }
-        for g in grouped(found.dry_run.near_misses)
+        for g in found.dry_run.missed()
     ]  # fmt: skip
     columns = ("pass", "sites", "what", "blocked by", "such as")
     return _section("near misses", columns, rows, MISSES, everything, numeric=("sites",))

@@ -22,7 +22,7 @@ from graphopt.analysis.cost import Observation
 from graphopt.data import Spec, load_samples
 from graphopt.errors import DataError
 from graphopt.model import INLINE_LIMIT, Model, Source, load
-from graphopt.runtime import Feeds, Session
+from graphopt.runtime import Feeds, Optimization, Session
 from graphopt.trace import Matches, Trace
 
 _MAX_EVENTS = 500_000
@@ -209,9 +209,7 @@ def profiled(
         raise DataError("there are no samples to profile on")
     original = Trace(copy)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        # providers that compile whole subgraphs leave nothing that ORT could write
-        readable = provider in _READABLE and copy.weight_bytes() <= INLINE_LIMIT
-        path = Path(folder) / "optimized.onnx" if readable else None
+        path = Path(folder) / "optimized.onnx" if is_readable(copy, provider) else None
         session = Session(copy, threads=threads, provider=provider, profile=True, optimized_path=path)
         optimized = None if path is None else onnx.load(path)
     runs = max(1, min(runs, _MAX_EVENTS // max(1, len(original.labels))))
@@ -229,6 +227,25 @@ def profiled(
         environment.describe(threads=threads, provider=provider),
     )  # fmt: skip
     return Profiled(profile, original, matches, optimized, times)
+
+
+def optimized_graph(model: Model, *, provider: str = "cpu", level: Optimization = "all") -> onnx.ModelProto | None:
+    """Return the graph that ORT makes of a model at one of its optimisation levels, None where it cannot be written.
+
+    Raises:
+        ModelError: ORT refuses the model.
+    """
+    if not is_readable(model, provider):
+        return None
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        Session(model, optimization=level, provider=provider, optimized_path=path)
+        return onnx.load(path)
+
+
+def is_readable(model: Model, provider: str) -> bool:
+    """Tell whether ORT can write the graph it makes: providers that compile leave nothing, large ones are too large."""
+    return provider in _READABLE and model.weight_bytes() <= INLINE_LIMIT
 
 
 def observe(model: Model, feed: Feeds) -> Observation:

@@ -2,7 +2,8 @@
 
     max(x, a), min(x, b)              ->  Clip(x, a), Clip(x, max=b)           Relu(x) for a = 0
     clip(clip(x, a, b), c, d)         ->  Clip(x, …)                           Relu is a bound, too
-    clip(x * a + b, 0, c) * s         ->  HardSigmoid(x, a / c, b / c) * cs
+    clip(x * a + b, 0, 1)             ->  HardSigmoid(x, a, b)
+    clip(x + b, 0, c) * s             ->  HardSigmoid(x, 1 / c, b / c) * cs
     x * hard_sigmoid(x, 1/6, 1/2)     ->  HardSwish(x)
     x * s * clip(x + 3, 0, 6)         ->  HardSwish(x) * 6s                    wherever the division by 6 stands
     1 / (1 + exp(-x))                 ->  Sigmoid(x)
@@ -93,10 +94,6 @@ class LowerBound(Rule):
         return op.Max(x, a)
 
     @staticmethod
-    def check(a: Scalar) -> str | None:
-        return None if np.isfinite(a.number) else "the bound is not finite"
-
-    @staticmethod
     def rewrite(op: Op, x: Value, a: Scalar) -> Value:
         return clipped(op, x, (a.number, None))
 
@@ -112,10 +109,6 @@ class UpperBound(Rule):
     @staticmethod
     def pattern(op: Op, x: Value, b: Scalar) -> Value:
         return op.Min(x, b)
-
-    @staticmethod
-    def check(b: Scalar) -> str | None:
-        return None if np.isfinite(b.number) else "the bound is not finite"
 
     @staticmethod
     def rewrite(op: Op, x: Value, b: Scalar) -> Value:
@@ -176,15 +169,15 @@ class HardSigmoid(Rule):
 
     @staticmethod
     def pattern(op: Op, x: Value, a: Scalar, b: Scalar) -> Value:
-        return op.Clip(op.any(x * a + b, x + b), min=0.0, max=1.0)
+        return op.Clip(x * a + b, min=0.0, max=1.0)
 
     @staticmethod
-    def rewrite(op: Op, x: Value, a: Scalar | None, b: Scalar) -> Value:
-        return op.HardSigmoid(x, alpha=1.0 if a is None else a.number, beta=b.number)
+    def rewrite(op: Op, x: Value, a: Scalar, b: Scalar) -> Value:
+        return op.HardSigmoid(x, alpha=a.number, beta=b.number)
 
 
 class ScaledHardSigmoid(Rule):
-    """clip(x * a + b, 0, c) * s  ->  HardSigmoid(x, a/c, b/c) * cs
+    """clip(x + b, 0, c) * s  ->  HardSigmoid(x, 1/c, b/c) * cs
 
     `relu6(x + 3) / 6` of torch, Keras and Paddle: there cs is 1 and the product goes.
     """
@@ -193,16 +186,16 @@ class ScaledHardSigmoid(Rule):
     types = SINGLE
 
     @staticmethod
-    def pattern(op: Op, x: Value, a: Scalar, b: Scalar, s: Scalar) -> Value:
-        return op.Clip(op.any(x * a + b, x + b), min=0.0, name="clip") * s
+    def pattern(op: Op, x: Value, b: Scalar, s: Scalar) -> Value:
+        return op.Clip(x + b, min=0.0, name="clip") * s
 
     @staticmethod
-    def rewrite(op: Op, x: Value, a: Scalar | None, b: Scalar, s: Scalar, m: Match) -> Value:
+    def rewrite(op: Op, x: Value, b: Scalar, s: Scalar, m: Match) -> Value:
         found = bounds(m["clip"])
         if found is None or found[1] is None or found[1] <= 0:
             raise RefusedError("there is no upper bound above 0")
-        high, slope = found[1], 1.0 if a is None else a.number
-        hard = op.HardSigmoid(x, alpha=slope / high, beta=b.number / high)
+        high = found[1]
+        hard = op.HardSigmoid(x, alpha=1.0 / high, beta=b.number / high)
         return times(hard, high * s.number, m.out[0].dtype)
 
 
@@ -217,12 +210,7 @@ class HardSwish(Rule):
 
     @staticmethod
     def pattern(op: Op, x: Value) -> Value:
-        return x * op.HardSigmoid(x, name="hard", beta=0.5)
-
-    @staticmethod
-    def check(m: Match) -> str | None:
-        slope = m["hard"].param("alpha")
-        return None if abs(slope * 6.0 - 1.0) <= 1e-6 else f"the slope is {slope}, not 1/6"
+        return x * op.HardSigmoid(x, alpha=1.0 / 6.0, beta=0.5)
 
     @staticmethod
     def rewrite(op: Op, x: Value) -> Value:
@@ -380,6 +368,11 @@ class SlopeOfOne(Rule):
         return op.PRelu(x, a)
 
     @staticmethod
+    def check(x: Value, a: Scalar) -> str | None:
+        known = x.rank is not None and a.rank is not None and a.rank <= x.rank
+        return None if known else "the slope may have more axes"
+
+    @staticmethod
     def rewrite(op: Op, x: Value, a: Scalar) -> Value:
         return op.LeakyRelu(x, alpha=a.number)
 
@@ -407,9 +400,8 @@ class TwoSlopes(Rule):
         return op.Relu(x) + negative
 
     @staticmethod
-    def worth(c: Constant, m: Match) -> str | None:
-        slope = slopes(c, m)
-        return None if (slope <= 1).all() else "a slope is above 1"
+    def check(c: Constant, m: Match) -> str | None:
+        return None if (slopes(c, m) <= 1).all() else "a slope is above 1"
 
     @staticmethod
     def rewrite(op: Op, x: Value, c: Constant, m: Match) -> Value:
@@ -437,7 +429,7 @@ class Elu(Rule):
     @staticmethod
     def pattern(op: Op, x: Value, a: Scalar) -> Value:
         positive = op.any(op.Greater(x, 0.0), op.GreaterOrEqual(x, 0.0))
-        low = op.any(x, op.Clip(x, max=0.0), op.Where(positive, 0.0, x))
+        low = op.any(x, op.Clip(x, min=None, max=0.0), op.Where(positive, 0.0, x))
         curve = op.Exp(low) - 1.0
         return op.Where(positive, x, op.any(curve, curve * a))
 

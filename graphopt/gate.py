@@ -56,7 +56,8 @@ class Gate:
             self.tried.append((outcome, comparison))
             if passes(comparison):
                 if len(self.tried) > 1:
-                    result.report.reason = self._why()
+                    left_out = sorted(selection.off - best[0].off)
+                    result.report.reason = f"without {', '.join(left_out)}, since with all that pays {self._why()}"
                 return outcome, selection, result
         return "input kept", best[0], kept(self.original, best[1].report, self._why())
 

@@ -1,4 +1,4 @@
-"""Types and shapes of every tensor, by ONNX's own shape inference over the weightless skeleton."""
+"""Types and shapes of every tensor: as the file states them, by ONNX's own inference, and as far as they are proved."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt.analysis.facts import Fact
+from graphopt.analysis.symbolic import Symbolic
 from graphopt.importer import tensor_type
 from graphopt.model import Model
 
@@ -35,7 +37,7 @@ class TensorType:
 
 
 class Shapes:
-    """What inference finds, by tensor; each of its two readings is made when first asked for.
+    """What inference finds, by tensor; each reading is made when first asked for.
 
     Args:
         model: the model, as it is now.
@@ -46,7 +48,8 @@ class Shapes:
         self._model = model
         self._inputs = dict(inputs or {})
         self._trusting: _Found | None = None
-        self._doubting: _Found | None = None
+        self._symbolic: Symbolic | None = None
+        self._proved: dict[int, tuple[TensorType, gs.Tensor]] = {}
 
     def of(self, tensor: gs.Tensor) -> TensorType:
         """Return the type of `tensor`: what inference finds from what the file states, else what it states."""
@@ -64,28 +67,41 @@ class Shapes:
     def read(self) -> _Found:
         """Infer now, if that was not done yet."""
         if self._trusting is None:
-            self._trusting = _infer(self._model, self._inputs, trusting=True)
+            self._trusting = _infer(self._model, self._inputs)
         return self._trusting
+
+    @property
+    def symbolic(self) -> Symbolic:
+        """What follows from the types of the model's inputs, small values and sizes as expressions included."""
+        if self._symbolic is None:
+            self._symbolic = Symbolic(self._model, self._inputs)
+        return self._symbolic
 
     def proved(self, tensor: gs.Tensor) -> TensorType:
         """Return the type of `tensor` as far as it follows from the types of the model's inputs.
 
         What a file states of inner values and outputs may be out of date (inputs made dynamic after the export),
         and ORT does not hold a model to it; a rewrite that is right only for one shape must not rely on it.
+        Dimensions of equal text are equal; those of different text may be.
         """
         if isinstance(tensor, gs.Constant):
             return TensorType(tensor.dtype, tuple(tensor.shape))
-        if self._doubting is None:
-            self._doubting = _infer(self._model, self._inputs, trusting=False)
-        return self._doubting.of(tensor) or TensorType(None, None)
+        held = self._proved.get(id(tensor))
+        if held is None:
+            held = self._proved[id(tensor)] = _stated(self.symbolic.of(tensor)), tensor
+        return held[0]
 
     def learn(self, tensor: gs.Tensor, found: TensorType) -> None:
         """Take down the type of a tensor that a pass has made since."""
-        if self._doubting is None:
-            self._doubting = _infer(self._model, self._inputs, trusting=False)
-        self._doubting.add(tensor, found)
+        self._proved[id(tensor)] = found, tensor
         if self._trusting is not None:
             self._trusting.add(tensor, found)
+
+
+def _stated(fact: Fact) -> TensorType:
+    """Return a fact as a type, sizes that are not numbers as text."""
+    shape = fact.shape
+    return TensorType(fact.dtype, None if shape is None else tuple(d if isinstance(d, int) else d.text for d in shape))
 
 
 def infer(model: Model, inputs: Mapping[str, Sequence[int]] | None = None) -> Shapes:
@@ -116,11 +132,9 @@ class _Found:
             self._types[id(tensor)] = found, tensor
 
 
-def _infer(model: Model, inputs: Mapping[str, Sequence[int]], *, trusting: bool) -> _Found:
+def _infer(model: Model, inputs: Mapping[str, Sequence[int]]) -> _Found:
     """Infer all types and shapes; where inference fails, only what the file states is known."""
     skeleton = model.skeleton()
-    if not trusting:
-        _forget(skeleton.graph, inner=False)
     for info in skeleton.graph.input:
         if info.name in inputs and info.type.WhichOneof("value") == "tensor_type":
             dims = [onnx.TensorShapeProto.Dimension(dim_value=int(d)) for d in inputs[info.name]]
@@ -132,18 +146,6 @@ def _infer(model: Model, inputs: Mapping[str, Sequence[int]], *, trusting: bool)
     found = _Found()
     _read(model.graph, inferred.graph, found)
     return found
-
-
-def _forget(graph: onnx.GraphProto, *, inner: bool) -> None:
-    """Clear all shapes but those of the model's inputs and initializers."""
-    del graph.value_info[:]
-    for info in (*graph.output, *(graph.input if inner else ())):
-        if info.type.WhichOneof("value") == "tensor_type":
-            info.type.tensor_type.ClearField("shape")
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _forget(attribute.g, inner=True)
 
 
 def _read(graph: gs.Graph, proto: onnx.GraphProto, found: _Found) -> None:

@@ -199,6 +199,24 @@ class ScaledHardSigmoid(Rule):
         return times(hard, high * s.number, m.out[0].dtype)
 
 
+class HardSigmoidOfSix(Rule):
+    """clip(x + 3, 0, 6) / 6  ->  HardSigmoid(x, 1/6, 1/2)
+
+    The same where the division stays one: its reciprocal is not exact in float16.
+    """
+
+    min_opset = 6
+    types = SINGLE
+
+    @staticmethod
+    def pattern(op: Op, x: Value) -> Value:
+        return op.Clip(x + 3.0, min=0.0, max=6.0) / 6.0
+
+    @staticmethod
+    def rewrite(op: Op, x: Value) -> Value:
+        return op.HardSigmoid(x, alpha=1.0 / 6.0, beta=0.5)
+
+
 class HardSwish(Rule):
     """x * hard_sigmoid(x, 1/6, 1/2)  ->  HardSwish(x)
 
@@ -228,11 +246,12 @@ class ScaledHardSwish(Rule):
 
     @staticmethod
     def pattern(op: Op, x: Value, s: Scalar) -> Value:
-        return op.any(x * s, x) * op.Clip(x + 3.0, min=0.0, max=6.0)
+        return op.any(op.Div(x, 6.0, name="sixth"), x * s, x) * op.Clip(x + 3.0, min=0.0, max=6.0)
 
     @staticmethod
     def rewrite(op: Op, x: Value, s: Scalar | None, m: Match) -> Value:
-        return times(op.HardSwish(x), 6.0 * (1.0 if s is None else s.number), m.out[0].dtype)
+        before = 1.0 / 6.0 if "sixth" in m else 1.0 if s is None else s.number
+        return times(op.HardSwish(x), 6.0 * before, m.out[0].dtype)
 
 
 class MergeScales(Rule):
@@ -246,11 +265,11 @@ class MergeScales(Rule):
 
     @staticmethod
     def pattern(op: Op, x: Value, a: Scalar, b: Scalar) -> Value:
-        return op.HardSwish(x) * a * b
+        return op.any(op.HardSwish(x) * a / 6.0, op.HardSwish(x) * a * b)
 
     @staticmethod
-    def rewrite(op: Op, x: Value, a: Scalar, b: Scalar, m: Match) -> Value:
-        return times(op.HardSwish(x), a.number * b.number, m.out[0].dtype)
+    def rewrite(op: Op, x: Value, a: Scalar, b: Scalar | None, m: Match) -> Value:
+        return times(op.HardSwish(x), a.number * (1.0 / 6.0 if b is None else b.number), m.out[0].dtype)
 
 
 class Sigmoid(Rule):
@@ -472,6 +491,7 @@ class FuseActivations(RulePass):
         MergeBounds,
         ClipToRelu,
         HardSigmoid,
+        HardSigmoidOfSix,
         ScaledHardSigmoid,
         HardSwish,
         ScaledHardSwish,

@@ -15,23 +15,33 @@ from graphopt.importer import (
     GraphOrigin,
     NodeOrigin,
     Values,
-    decode_attribute,
     origin,
     paused_gc,
     shell_of,
     tensor_type,
+    unchanged,
 )
-from graphopt.tensors import LazySparse, LazyTensor, encode, onnx_dtype, same_dtype
+from graphopt.tensors import LazySparse, LazyTensor, encode, encode_into, onnx_dtype, same_dtype
 
-Place: TypeAlias = Callable[[str, Values], TensorProto | None]
-"""Emits a constant; None leaves its data out and makes it a graph input of its type (main graph only)."""
+Place: TypeAlias = Callable[[TensorProto, str, Values], bool]
+"""Puts a constant under its name into an empty proto; False leaves it out and makes it a graph input of its type
+(main graph only)."""
 
 
-def inline(name: str, values: Values) -> TensorProto:
+def inline(out: TensorProto, name: str, values: Values) -> bool:
     """Place a constant's data inside its proto."""
     if isinstance(values, LazyTensor):
-        return values.proto(name)
-    return encode(values.load() if isinstance(values, LazySparse) else values, name)
+        values.put(out, name)
+    else:
+        encode_into(out, values.load() if isinstance(values, LazySparse) else values, name)
+    return True
+
+
+def inlined(name: str, values: Values) -> TensorProto:
+    """Return a constant as a proto that holds its data."""
+    out = TensorProto()
+    inline(out, name, values)
+    return out
 
 
 def untouched(constant: gs.Constant) -> Values:
@@ -78,8 +88,7 @@ class Exporter:
         self._inputs(graph, held, out, extra_inputs)
         own = {id(c) for c in constants} - outer
         outer |= own  # one set for all depths: a copy per subgraph takes quadratic time
-        for node in graph.nodes:
-            self._node(node, out.node.add(), outer)
+        self._nodes(graph.nodes, out.node, outer)
         outer -= own
         out.output.extend(_output_infos(graph, held))
         out.value_info.extend(_value_infos(graph, held))
@@ -89,28 +98,24 @@ class Exporter:
         self, constants: list[gs.Constant], held: GraphOrigin, out: GraphProto, *, main: bool
     ) -> list[ValueInfoProto]:
         extra: list[ValueInfoProto] = []
-        placed: list[tuple[int, TensorProto]] = []
+        dense: list[tuple[gs.Tensor, Values]] = []
         listed = {id(t) for t in held.input_order} if self.listed else set()
         for constant in constants:
             values = untouched(constant)
             if isinstance(values, LazySparse):
                 out.sparse_initializer.append(values.sparse_proto(constant.name))
                 continue
-            proto = self.place(constant.name, values)
-            if proto is None and not main:
-                proto = inline(constant.name, values)
-            if proto is not None:
-                placed.append((id(constant), proto))
-            if (proto is None or (self.listed and main)) and id(constant) not in listed:
-                extra.append(_constant_info(constant))
-        for variable, values in held.defaults:
-            proto = self.place(variable.name, values)
-            if proto is not None:  # otherwise the input stands alone
-                placed.append((id(variable), proto))
+            dense.append((constant, values))
         if held.defaults:  # they stand among the constants
             place = {id(t): i for i, t in enumerate(held.order)}
-            placed.sort(key=lambda pair: place.get(pair[0], len(place)))
-        out.initializer.extend(proto for _, proto in placed)
+            dense = sorted([*dense, *held.defaults], key=lambda pair: place.get(id(pair[0]), len(place)))
+        for tensor, values in dense:
+            proto = out.initializer.add()
+            there = self.place(proto, tensor.name, values) or (not main and inline(proto, tensor.name, values))
+            if not there:
+                del out.initializer[-1]
+            if isinstance(tensor, gs.Constant) and main and (not there or self.listed) and id(tensor) not in listed:
+                extra.append(_constant_info(tensor))
         return extra
 
     def _inputs(self, graph: gs.Graph, held: GraphOrigin, out: GraphProto, extra: list[ValueInfoProto]) -> None:
@@ -126,6 +131,14 @@ class Exporter:
         out.input.extend(variable_info(t) for t in graph.inputs if id(t) not in emitted)
         out.input.extend(extra)
 
+    def _nodes(self, nodes: Iterable[gs.Node], out: Any, outer: set[int]) -> None:
+        for node in nodes:
+            came_from: NodeOrigin | None = origin(node)
+            if came_from is not None and came_from.still_says(node):
+                out.append(came_from.proto)
+            else:
+                self._node(node, out.add(), outer)
+
     def _node(self, node: gs.Node, out: NodeProto, outer: set[int]) -> None:
         came_from: NodeOrigin | None = origin(node)
         if came_from is not None and came_from.proto.op_type == node.op:
@@ -137,17 +150,18 @@ class Exporter:
                 setattr(out, name, value)
         out.input.extend(t.name for t in node.inputs)
         out.output.extend(t.name for t in node.outputs)
-        originals: dict[str, AttributeProto] = {}
+        originals: dict[str, tuple[AttributeProto, object]] = {}
         if came_from is not None:
-            originals = {a.name: a for a in came_from.proto.attribute}
+            originals = came_from.attributes
             _metadata(came_from, out)
         for name, value in node.attrs.items():
             if value is not None:
                 out.attribute.append(self._attribute(node, name, value, originals.get(name), outer))
 
     def _attribute(
-        self, node: gs.Node, name: str, value: object, original: AttributeProto | None, outer: set[int]
+        self, node: gs.Node, name: str, value: object, came_from: tuple[AttributeProto, object] | None, outer: set[int]
     ) -> AttributeProto:
+        original, decoded = came_from or (None, None)
         if isinstance(value, gs.Graph):
             out = AttributeProto(name=name, type=AttributeProto.GRAPH)
             if original is not None and original.HasField("doc_string"):
@@ -159,9 +173,10 @@ class Exporter:
             out = AttributeProto(name=name, type=AttributeProto.TENSOR)
             if original is not None and original.HasField("doc_string"):
                 out.doc_string = original.doc_string
-            out.t.CopyFrom(self.place(value.name, values) or inline(value.name, values))
+            if not self.place(out.t, value.name, values):
+                inline(out.t, value.name, values)
             return out
-        if original is not None and _unchanged(original, value):
+        if original is not None and unchanged(original, decoded, value):
             return original
         return encode_attribute(node, name, value, original)
 
@@ -175,18 +190,16 @@ class Exporter:
         constants = constants_of(function, set())
         for constant in constants:  # function bodies have no initializers
             node = out.node.add(op_type="Constant", output=[constant.name])
-            node.attribute.append(helper.make_attribute("value", inline("", untouched(constant))))
+            node.attribute.append(helper.make_attribute("value", inlined("", untouched(constant))))
         outer = {id(c) for c in constants}
-        for node in function.nodes:
-            self._node(node, out.node.add(), outer)
+        self._nodes(function.nodes, out.node, outer)
         if hasattr(out, "value_info"):
             out.value_info.extend(_value_infos(function, held))
 
 
 def _metadata(came_from: NodeOrigin, out: NodeProto) -> None:
-    stated = came_from.proto.metadata_props
-    if came_from.metadata == {entry.key: entry.value for entry in stated}:
-        out.metadata_props.extend(stated)
+    if came_from.metadata == came_from.stated_metadata:
+        out.metadata_props.extend(came_from.proto.metadata_props)
     else:
         for key, value in came_from.metadata.items():
             out.metadata_props.add(key=key, value=value)
@@ -296,11 +309,6 @@ def _prune_annotations(held: GraphOrigin, out: GraphProto) -> None:
     if len(kept) != len(out.quantization_annotation):
         del out.quantization_annotation[:]
         out.quantization_annotation.extend(kept)
-
-
-def _unchanged(original: AttributeProto, value: object) -> bool:
-    decoded = decode_attribute(original)
-    return value is original or (type(decoded) is type(value) and bool(decoded == value))
 
 
 _SCALARS: Mapping[type, int] = {

@@ -8,6 +8,7 @@ changes exotic types, and copies scopes in quadratic time.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,30 @@ class NodeOrigin:
 
     proto: NodeProto
     metadata: dict[str, str]
+
+    @functools.cached_property
+    def attributes(self) -> dict[str, tuple[AttributeProto, object]]:
+        """The attributes as they came, with their values in Python."""
+        return {a.name: (a, decode_attribute(a)) for a in self.proto.attribute}
+
+    @functools.cached_property
+    def stated_metadata(self) -> dict[str, str]:
+        """The metadata as they came."""
+        return {entry.key: entry.value for entry in self.proto.metadata_props}
+
+    def still_says(self, node: gs.Node) -> bool:
+        """Tell whether the proto is still what `node` is; False where there are subgraphs or tensors to look into."""
+        proto, attributes = self.proto, self.attributes
+        return (
+            node.op == proto.op_type
+            and node.name == proto.name
+            and [t.name for t in node.inputs] == proto.input
+            and [t.name for t in node.outputs] == proto.output
+            and list(node.attrs) == list(attributes)
+            and all(unchanged(*attributes[name], value) for name, value in node.attrs.items())
+            and node.domain == (proto.domain if proto.HasField("domain") else None)
+            and self.metadata == self.stated_metadata
+        )
 
 
 @dataclass
@@ -354,6 +379,11 @@ def decode_attribute(attribute: AttributeProto) -> object:
         return gs.Node.AttributeRef(attribute.ref_attr_name, attribute.type)
     decode = _DECODE.get(attribute.type)
     return decode(attribute) if decode else attribute
+
+
+def unchanged(original: AttributeProto, decoded: object, value: object) -> bool:
+    """Tell whether an attribute of a node is the one that it came with; `decoded` is what that is in Python."""
+    return value is original or (type(decoded) is type(value) and bool(decoded == value))
 
 
 def _text(value: bytes) -> str | bytes:

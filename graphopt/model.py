@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from graphopt.errors import ModelError
-from graphopt.exporter import Exporter, Place, inline, untouched
+from graphopt.exporter import Exporter, Place, inline, inlined, untouched
 from graphopt.external import ModelFile, atomic_write, digest
 from graphopt.importer import Importer, NodeOrigin, Values, opset_of, origin, shell_of
 from graphopt.sanity import check_graphs, check_proto
@@ -209,11 +209,11 @@ class Model:
             return self.settled
         weights: list[Values] = []
 
-        def keep(name: str, values: Values) -> TensorProto:
+        def keep(out: TensorProto, name: str, values: Values) -> bool:
             if values.nbytes < _SMALL:
-                return inline(name, values)
+                return inline(out, name, values)
             weights.append(values)
-            return _elsewhere(name, values, {MAPPED: len(weights) - 1})
+            return _elsewhere(out, name, values, {MAPPED: len(weights) - 1})
 
         return Snapshot(self.emit(keep), tuple(weights), self.path, self.custom_ops)
 
@@ -262,8 +262,9 @@ class Model:
                 places[key] = {"location": data_file.name, "offset": start, "length": file.tell() - start}
                 release(mapped)
 
-        def place(name: str, values: Values) -> TensorProto:
-            return _elsewhere(name, values, places[id(values)]) if id(values) in places else inline(name, values)
+        def place(out: TensorProto, name: str, values: Values) -> bool:
+            elsewhere = places.get(id(values))
+            return inline(out, name, values) if elsewhere is None else _elsewhere(out, name, values, elsewhere)
 
         try:
             _write(path, self.emit(place))
@@ -361,7 +362,8 @@ def _put_back(nodes: Iterable[onnx.NodeProto], weights: Sequence[Values]) -> Non
                 _put_back(attribute.g.node, weights)
             for tensor in tensors:
                 if tensor.data_location == TensorProto.EXTERNAL:
-                    tensor.CopyFrom(inline(tensor.name, weights[int(tensor.external_data[0].value)]))
+                    values = weights[int(tensor.external_data[0].value)]
+                    tensor.CopyFrom(inlined(tensor.name, values))
 
 
 def value_spec(tensor: gs.Tensor) -> ValueSpec:
@@ -389,16 +391,17 @@ def _write(path: Path, proto: onnx.ModelProto) -> None:
         file.write(data)
 
 
-def _elsewhere(name: str, values: Values, entries: Mapping[str, object]) -> TensorProto:
-    """Return the proto of a tensor whose data is not in it."""
+def _elsewhere(out: TensorProto, name: str, values: Values, entries: Mapping[str, object]) -> bool:
+    """Put a tensor whose data is not in it into an empty proto."""
     if isinstance(values, LazyTensor):
-        out = values.header(name)
+        out.CopyFrom(values.header(name))
     else:
-        out = TensorProto(name=name, dims=values.shape, data_type=onnx_dtype(values.dtype))
+        out.name, out.data_type = name, onnx_dtype(values.dtype)
+        out.dims.extend(values.shape)
     out.data_location = TensorProto.EXTERNAL
     for key, value in entries.items():
         out.external_data.add(key=key, value=str(value))
-    return out
+    return True
 
 
 def _can_be_external(values: Values) -> bool:
@@ -418,13 +421,14 @@ def _in_turn(weights: Collection[Values]) -> Iterator[bytes | memoryview]:
 def _raw(values: Values) -> bytes | memoryview:
     if isinstance(values, LazyTensor):
         return values.raw()
-    return inline("", values).raw_data
+    return inlined("", values).raw_data
 
 
-def _by_reference(name: str, values: Values) -> TensorProto:
-    if isinstance(values, LazyTensor):
-        return values.proto(name, inline=values.tensor.data_location != TensorProto.EXTERNAL)
-    return inline(name, values)
+def _by_reference(out: TensorProto, name: str, values: Values) -> bool:
+    if not isinstance(values, LazyTensor):
+        return inline(out, name, values)
+    values.put(out, name, inline=values.tensor.data_location != TensorProto.EXTERNAL)
+    return True
 
 
 def _own_data_files(path: Path) -> set[Path]:

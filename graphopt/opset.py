@@ -24,7 +24,7 @@ from graphopt.adapters import ADAPTERS, NEUTRAL, REFUSED, UNCHANGED_EXPERIMENTS,
 from graphopt.analysis.shapes import Shapes, infer
 from graphopt.errors import ModelError
 from graphopt.importer import Node, origin
-from graphopt.model import Model
+from graphopt.model import Model, Snapshot
 from graphopt.ops import STANDARD_DOMAINS
 
 HIGHEST = min(26, onnx.defs.onnx_opset_version())
@@ -50,7 +50,14 @@ class UpgradeResult:
     reason: str | None = None
 
 
-def upgrade(model: Model, opset: int = 17, *, required: bool = False) -> UpgradeResult:
+def upgrade(
+    model: Model,
+    opset: int = 17,
+    *,
+    required: bool = False,
+    shapes: Shapes | None = None,
+    snapshot: Snapshot | None = None,
+) -> UpgradeResult:
     """Bring a model to operator set `opset`, in place; one that is newer already stays as it is.
 
     Local functions and subgraphs are upgraded with it, other domains are kept.  The IR version rises to what
@@ -61,6 +68,8 @@ def upgrade(model: Model, opset: int = 17, *, required: bool = False) -> Upgrade
         model: edited in place; after a refusal its graph and node objects are new ones.
         opset: the operator set asked for.
         required: raise instead of returning a reason.
+        shapes: of the model as it is, when the caller has them, both readings made.
+        snapshot: of the model as it is, when the caller has one.
 
     Raises:
         ModelError: `opset` is unknown, or `required` and a node cannot be upgraded.
@@ -70,8 +79,8 @@ def upgrade(model: Model, opset: int = 17, *, required: bool = False) -> Upgrade
         raise ModelError(f"cannot upgrade to opset {opset}", hint=f"known: up to {HIGHEST}")
     if opset <= before:
         return UpgradeResult(before, before)
-    snapshot = model.snapshot()
-    work = _Upgrade(model, opset)
+    snapshot = snapshot or model.snapshot()
+    work = _Upgrade(model, opset, shapes or infer(model))
     try:
         work.run()
     except Refused as refusal:
@@ -86,10 +95,10 @@ def upgrade(model: Model, opset: int = 17, *, required: bool = False) -> Upgrade
 class _Upgrade:
     """One upgrade; what adapters use (see `adapters.Editor`)."""
 
-    def __init__(self, model: Model, target: int) -> None:
+    def __init__(self, model: Model, target: int, shapes: Shapes) -> None:
         self.model = model
         self.target = target
-        self.types: Shapes = infer(model)
+        self.types = shapes
         self.types.proved(gs.Variable(""))  # both readings must be made now, while the model is of one opset
         graphs = list(model.graphs())
         self.outputs = {id(t) for graph in graphs for t in graph.outputs}

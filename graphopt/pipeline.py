@@ -41,7 +41,7 @@ Watch = Callable[[PassRecord, Change], None]
 Site: TypeAlias = tuple[str, str, str]
 """One place of one pass: the pass's name, and the change's `where` and `what`."""
 
-COLLECT_BYTES = 1 << 26
+COLLECT_BYTES = 1 << 28
 """Bytes of replaced weights from which garbage is collected."""
 
 RELEASE_ABOVE = 1 << 28
@@ -152,8 +152,11 @@ class Pipeline:
         Raises:
             GraphoptError: the model or samples are not usable, or a pass failed and `on_failure` is `stop`.
         """
-        original = model if isinstance(model, Model) else load(model)
-        return Run(self, original, samples, settings or Settings()).finish()
+        with paused_gc():  # graphs are cyclic and large: collecting them again and again takes quadratic time
+            original = model if isinstance(model, Model) else load(model)
+            run = Run(self, original, samples, settings or Settings())
+            run.transform()
+        return run.finish()
 
 
 def _as_steps(thing: str | spec.Step | Pass) -> tuple[spec.Step, ...]:
@@ -241,17 +244,22 @@ class Run:
             self._reference = make_reference(self.original, self.samples, self.settings)
         return self._reference
 
-    def finish(self) -> Result:
-        """Run everything and return the result."""
+    def transform(self) -> None:
+        """Run all passes."""
         started = time.perf_counter()
-        with paused_gc():  # graphs are cyclic and large: collecting them again and again takes quadratic time
+        with paused_gc():
             self._steps(self.pipeline.steps)
         self.model.settled = None  # from here on, anybody may edit it
+        self.report.seconds = time.perf_counter() - started
+
+    def finish(self) -> Result:
+        """Check the result as the settings ask, and return it."""
+        started = time.perf_counter()
         if self.settings.verify != "off":
             self._verify_end()
         self.report.after = self.size
         self.report.opset_after = self.model.opset
-        self.report.seconds = time.perf_counter() - started
+        self.report.seconds += time.perf_counter() - started
         return Result(self.model, self.report, list(self.sites))
 
     def _steps(self, steps: Sequence[spec.Step]) -> bool:
@@ -474,6 +482,7 @@ def bisect(
     def attempt(limit: int | None) -> tuple[bool, int, str]:
         run = Run(pipeline, original, samples, Settings(**{**vars(base), "limit": limit}))
         try:
+            run.transform()
             result = run.finish()
         except StopPipelineError as error:
             return False, run.applied, f"{run.last_change} ({error.what})"

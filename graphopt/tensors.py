@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -179,6 +180,11 @@ class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
     def proto(self, name: str, *, inline: bool = True) -> TensorProto:
         """Return the tensor under `name`, with external data put inside it when `inline`."""
         out = TensorProto()
+        self.put(out, name, inline=inline)
+        return out
+
+    def put(self, out: TensorProto, name: str, *, inline: bool = True) -> None:
+        """Put what `proto` returns into an empty message, which spares a copy of the data."""
         out.CopyFrom(self.tensor)
         if out.name != name:  # setting an empty name would make it a field that is there
             out.name = name
@@ -186,7 +192,6 @@ class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
             out.ClearField("external_data")
             out.ClearField("data_location")
             out.raw_data = bytes(self.data)
-        return out
 
 
 class LazySparse(gs.ir.tensor.LazyValues):  # type: ignore[misc]
@@ -290,14 +295,25 @@ def release(mapped: Iterable[mmap.mmap]) -> None:
 
 def encode(values: np.ndarray[Any, Any], name: str) -> TensorProto:
     """Return `values` as a `TensorProto` (raw data, little endian; strings as `string_data`)."""
-    if values.dtype.kind in "OSU":
-        out = TensorProto(dims=values.shape, data_type=TensorProto.STRING)
+    out = TensorProto()
+    encode_into(out, values, name)
+    return out
+
+
+def encode_into(out: TensorProto, values: np.ndarray[Any, Any], name: str) -> None:
+    """Put what `encode` returns into an empty message, which spares a copy of the data."""
+    data_type = onnx_dtype(values.dtype)
+    if values.dtype.kind in "biufc" and sys.byteorder == "little":
+        out.raw_data = values.tobytes()
+    elif values.dtype.kind in "OSU":
         out.string_data.extend(_as_bytes(v) for v in values.reshape(-1))
-        if name:
-            out.name = name
-        return out
-    onnx_dtype(values.dtype)
-    return numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
+    else:  # small types are packed
+        out.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape)))
+        out.ClearField("dims")
+    out.dims.extend(values.shape)
+    out.data_type = data_type
+    if name:
+        out.name = name
 
 
 def _as_bytes(value: object) -> bytes:

@@ -64,7 +64,8 @@ class FoldConstants(Pass):
                     continue  # subgraphs have no initializers there
                 again |= yield from _known_shapes(current, ctx)
                 again |= yield from folder.fold(current)
-            ctx.forget()
+            if again:
+                ctx.forget()
         for node, reason in folder.refused:
             yield Change(label(node), f"fold {node.op}", reason)
         folder.drop_unused()

@@ -32,9 +32,12 @@ class UpgradeOpset(Pass):
         """Propose the upgrade as one change."""
         if ctx.model.opset >= self.to:
             return
+        shapes, snapshot = ctx.shapes, ctx.model.snapshot()
+        for read in (shapes.of, shapes.proved):  # while the model is as it came
+            read(gs.Variable(""))
 
         def apply() -> None:
-            result = upgrade(ctx.model, self.to, required=self.required)
+            result = upgrade(ctx.model, self.to, required=self.required, shapes=shapes, snapshot=snapshot)
             if result.reason is not None:
                 ctx.notes.append(f"stays at opset {result.before}: {result.reason}")
 

@@ -78,11 +78,11 @@ def extract(nodes: Sequence[gs.Node], opset: int) -> Region:
     feeds: dict[str, gs.Constant] = {}
     constants = {t.name: t for n in nodes for t in n.inputs if isinstance(t, gs.Constant)}
 
-    def place(name: str, values: Values) -> onnx.TensorProto | None:
+    def place(out: onnx.TensorProto, name: str, values: Values) -> bool:
         if values.nbytes < _FED or name not in constants:
-            return inline(name, values)
+            return inline(out, name, values)
         feeds[name] = constants[name]
-        return None
+        return False
 
     shell = onnx.ModelProto(ir_version=_IR_VERSION, opset_import=[helper.make_opsetid("", opset)])
     graph = gs.Graph(nodes=nodes, name="region", opset=opset)

@@ -17,7 +17,17 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import array_of, is_constant, scalar_of
 from graphopt.analysis.cost import Sizes
-from graphopt.kernels import AFFINE, BLOCKED_DOMAIN, HEAVY, NEUTRAL, NOTHING, PERMUTES, REORDERS, is_integer
+from graphopt.kernels import (
+    AFFINE,
+    BLOCKED_DOMAIN,
+    HEAVY,
+    NEUTRAL,
+    NOTHING,
+    PERMUTES,
+    REORDERS,
+    TRANSPOSING,
+    is_integer,
+)
 from graphopt.ops import DEQUANTIZE, MOVEMENT, NONDETERMINISTIC, is_standard
 from graphopt.trace import Kernel, Matches, Trace, all_nodes
 
@@ -153,6 +163,8 @@ class _Judge:
         where = f"{kernel.op_type} of '{self.trace.labels[lead if lead is not None else i]}'"
         if node.op in ("If", "Loop", "Scan"):
             return Fate("unknown", "ORT's graph does not tell")
+        if node.op == "Transpose" and not any(word in kernel.op_type for word in TRANSPOSING):
+            return Fate("removed", f"cancelled or moved by ORT, near {where}")
         activation = next((a.s.decode() for a in kernel.attribute if a.name == "activation"), "")
         if node.op == activation:
             how = f"the activation of {where}"

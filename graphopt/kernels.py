@@ -42,6 +42,9 @@ AFFINE = frozenset({"Mul", "Add", "Sub", "Div", "BatchNormalization"})
 PERMUTES = frozenset({"DepthToSpace", "SpaceToDepth", "Gather", "GatherElements", "GatherND", "Where"})
 """Data movement that may do something even where the shape stays."""
 
+TRANSPOSING = ("MatMul", "Gemm", "Attention", "Einsum")
+"""Parts of the names of kernels that read their inputs transposed."""
+
 BLOCKED_ALWAYS = frozenset(
     {
         "Conv", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "BatchNormalization",

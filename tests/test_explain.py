@@ -1,0 +1,488 @@
+"""`explain`: fates, what ORT adds and why, integers and floats, near misses; facts about ORT are held here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+from rich.console import Console
+
+from graphopt import base, kernels, profile, registry
+from graphopt.dry_run import Site, grouped
+from graphopt.explain import Explanation, NodeRow
+from graphopt.explain import explain as run_explain
+from graphopt.explained import explanation
+from graphopt.model import load
+from tests import explain_models as models
+
+N = helper.make_node
+
+
+def explain(model: Any, **options: Any) -> Explanation:
+    return run_explain(model, measure=False, **options)
+
+
+def rows(found: Explanation) -> dict[str, NodeRow]:
+    by_name = {row.name: row for row in found.nodes}
+    assert len(by_name) == len(found.nodes)
+    return by_name
+
+
+def kinds(found: Explanation) -> dict[str, str]:
+    return {row.name: row.fate for row in found.nodes}
+
+
+def shown(found: Explanation, *, everything: bool = False, width: int = 160) -> list[str]:
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(explanation(found, everything=everything))
+    return capture.get().splitlines()
+
+
+# --- fates
+
+
+def test_convolution_takes_norm_and_activation() -> None:
+    found = rows(explain(models.conv_norm_relu()))
+    assert found["before"].fate == "kept"
+    assert found["before"].how == "runs as it is in the blocked layout, with 'norm', 'bend' inside"
+    assert found["norm"].how == "folded into the weights of Conv of 'before'"
+    assert found["bend"].how == "the activation of Conv of 'before'"
+    assert (found["norm"].level, found["bend"].level) == ("basic", "extended")
+    assert all(row.blocked for row in found.values())
+    assert found["before"].share is not None
+    assert found["norm"].share is None  # within the convolution's
+
+
+def test_matmul_and_add_become_gemm() -> None:
+    found = rows(explain(models.gemm()))
+    assert (found["product"].fate, found["product"].kernel) == ("fused", "Gemm")
+    assert found["shift"].how == "the bias of Gemm of 'product'"
+    assert found["product"].macs == 2 * 8 * 4
+
+
+def test_layer_norm_is_one_kernel() -> None:
+    found = rows(explain(models.layer_norm()))
+    assert {row.kernel for row in found.values()} == {"LayerNormalization"}
+    assert {row.fate for row in found.values()} == {"fused"}
+    assert sum(row.share is not None for row in found.values()) == 1
+
+
+def test_gelu_is_one_kernel() -> None:
+    found = rows(explain(models.gelu()))
+    assert {(row.fate, row.kernel) for row in found.values()} == {("fused", "Gelu")}
+
+
+def test_hard_swish_is_taken_apart() -> None:
+    model = models.model([N("HardSwish", ["x"], ["y"], name="act")], [("x", models.FLOAT, [2, 8])], "y")
+    (row,) = explain(model).nodes
+    assert row.fate == "rewritten"
+    assert set(row.kernel.split(" + ")) == {"HardSigmoid", "Mul"}
+
+
+def test_what_is_folded_shared_and_removed() -> None:
+    found = explain(models.tidied())
+    fates = kinds(found)
+    assert {fates[name] for name in ("sum", "exp", "shape")} == {"folded"}
+    assert {fates[name] for name in ("nothing", "same type")} == {"removed"}
+    assert fates["dead"] == "kept"  # ORT runs what nobody reads
+    assert sorted([fates["neg1"], fates["neg2"]]) == ["kept", "shared"]
+    merged, left = ("neg1", "neg2") if fates["neg1"] == "shared" else ("neg2", "neg1")
+    assert rows(found)[merged].how == f"computes the same as '{left}'"
+    assert all(row.kernel == "" and row.share is None for row in found.nodes if row.fate != "kept")
+
+
+def test_a_branch_never_taken_is_removed() -> None:
+    found = rows(explain(models.branches(constant=True)))
+    assert found["choose"].how == "its condition is constant: then_branch took its place"
+    assert {found[name].fate for name in ("then Sin", "then", "neg")} == {"kept"}
+    assert found["else Cos"].how == "in a branch of 'choose' that is never taken"
+    assert found["else"].fate == "removed"
+
+
+def test_both_branches_are_kept_and_one_ran() -> None:
+    found = explain(models.branches(constant=False), data=[{"x": np.ones((2, 8), np.float32), "c": np.array(False)}])
+    assert set(kinds(found).values()) == {"kept"}
+    assert rows(found)["else Cos"].provider == "CPUExecutionProvider"
+    assert rows(found)["then Sin"].provider is None
+    assert any("did not run" in line for line in shown(found, everything=True))
+
+
+def test_transposes_that_cancel() -> None:
+    found = explain(models.transposed())
+    assert kinds(found) == {"there": "removed", "bend": "kept", "back": "removed"}
+    assert found.moves == ()
+
+
+OPS = ("Relu", "Sigmoid", "Tanh", "Exp", "Neg", "Identity", "HardSwish", "Softplus", "LeakyRelu")
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> onnx.ModelProto:
+    """Chains and sums of activations, constants and convolutions, some nodes unnamed."""
+    constants: dict[str, Any] = {"s": np.array(1.5, np.float32), "k": models.numbers(16, 16, 1, 1)}
+    tensors, nodes = ["x"], []
+    for i in range(draw(st.integers(1, 10))):
+        source, other = draw(st.sampled_from(tensors)), draw(st.sampled_from([*tensors, "s"]))
+        kind = draw(st.sampled_from(["unary", "unary", "Add", "Mul", "Conv", "Transpose"]))
+        name = draw(st.sampled_from(["", f"node {i}"]))
+        op = draw(st.sampled_from(OPS)) if kind == "unary" else kind
+        inputs = {"Add": [source, other], "Mul": [other, source], "Conv": [source, "k"]}.get(kind, [source])
+        attributes: dict[str, Any] = {"perm": [0, 1, 3, 2]} if kind == "Transpose" else {}
+        nodes.append(N(op, inputs, [f"t{i}"], name=name, **attributes))
+        tensors.append(f"t{i}")
+    return models.model(nodes, [("x", models.FLOAT, [1, 16, 4, 4])], [tensors[-1]], constants)
+
+
+@settings(max_examples=200)
+@given(networks())
+def test_every_node_has_a_fate_and_all_time_is_accounted_for(model: onnx.ModelProto) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # passes have tests of their own
+        with_pipeline(patch, "eliminate-identity")
+        found = explain(model)
+    assert len(found.nodes) == len(model.graph.node)
+    assert "unknown" not in found.fates
+    own = sum(row.share or 0.0 for row in found.nodes)
+    assert own + sum(move.share for move in found.moves) == pytest.approx(1.0)
+    assert sum(found.ops_after.values()) == len(profile.optimized_graph(load(model)).graph.node)  # type: ignore[union-attr]
+    for row in found.nodes:
+        assert bool(row.kernel) == (row.fate in ("kept", "fused", "rewritten")), row
+        assert row.how
+    for move in found.moves:
+        assert move.node is not None, move
+    json.dumps(found.to_dict())
+
+
+# --- what ORT adds
+
+
+def test_reorders_and_the_node_that_forces_them() -> None:
+    found = explain(models.scalar_mul())
+    inner = [m for m in found.moves if m.forced_op == "Mul"]
+    assert [(m.op, m.node, m.why) for m in inner] == [
+        ("ReorderOutput", "scale", "its operand 'two' is a scalar constant"),
+        ("ReorderInput", "scale", "its operand 'two' is a scalar constant"),
+    ]
+    assert [(m.op, m.node, m.forced_op) for m in found.moves if m not in inner] == [
+        ("ReorderInput", "x", "input"), ("ReorderOutput", "y", "output"),
+    ]  # fmt: skip
+    assert found.reorders[0] == 4
+    assert found.reorders[1] == pytest.approx(sum(m.share for m in found.moves))
+    assert found.blocked_kernels == 2
+    assert found.elementwise_outside == rows(found)["scale"].share
+
+
+def test_the_node_before_is_named_where_it_is_the_cause() -> None:
+    """Relu would take a blocked tensor: what keeps it from getting one is the operator before it."""
+    middle = [N("Exp", ["a"], ["e"], name="exp"), N("Relu", ["e"], ["m"], name="bend")]
+    found = explain(models.between(middle))
+    assert {m.node for m in found.moves if m.forced_op == "Exp"} == {"exp"}
+    assert not [m for m in found.moves if m.node == "bend"]
+
+
+def reorders(middle: list[onnx.NodeProto], constants: dict[str, Any] | None = None) -> int:
+    """How many reorders stand between the two convolutions around `middle`."""
+    found = explain(models.between(middle, constants))
+    return sum(1 for m in found.moves if m.op in kernels.REORDERS and m.forced_op not in ("input", "output"))
+
+
+POOL: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1] * 4}
+SPECIAL: dict[str, tuple[list[onnx.NodeProto], dict[str, Any]]] = {
+    "Conv": ([N("Conv", ["a", "w1"], ["m"], **models.PAD)], {}),
+    "MaxPool": ([N("MaxPool", ["a"], ["m"], **POOL)], {}),
+    "AveragePool": ([N("AveragePool", ["a"], ["m"], **POOL)], {}),
+    "BatchNormalization": (
+        [N("Relu", ["a"], ["r"]), N("BatchNormalization", ["r", "s", "s", "s", "s"], ["m"])],
+        {"s": np.ones(16, np.float32)},
+    ),
+    "QuickGelu": ([N("Sigmoid", ["a"], ["s"]), N("Mul", ["a", "s"], ["m"])], {}),
+}
+
+
+@pytest.mark.parametrize("op", sorted(kernels.BLOCKED_ALWAYS))
+def test_operators_that_stay_blocked(op: str) -> None:
+    # a pool before it: so that nothing becomes the activation of the convolution
+    plain = [N("MaxPool", ["a"], ["p"], **POOL), N(op, ["p"], ["m"])]
+    middle, constants = SPECIAL.get(op, (plain, {}))
+    assert reorders(middle, constants) == 0
+
+
+@pytest.mark.parametrize("op", sorted(kernels.BLOCKED_ACTIVATIONS))
+def test_activations_that_stay_blocked_only_after_a_convolution(op: str) -> None:
+    bounds = {"low": np.float32(-1), "high": np.float32(1)} if op == "Clip" else {}
+    assert reorders([N(op, ["a", *bounds], ["m"])], bounds) == 0
+    assert reorders([N("MaxPool", ["a"], ["p"], **POOL), N(op, ["p", *bounds], ["m"])], bounds) == 2
+
+
+@pytest.mark.parametrize("op", sorted(kernels.BLOCKED_SUMS - {"Concat"}))
+def test_sums_that_stay_blocked_only_where_all_operands_are(op: str) -> None:
+    pool = [N("Relu", ["a"], ["r"]), N("MaxPool", ["r"], ["p"], **POOL)]
+    assert reorders([*pool, N(op, ["r", "p"], ["m"])]) == 0
+    assert reorders([*pool, N(op, ["p", "k"], ["m"])], {"k": np.array(2, np.float32)}) == 2
+    assert reorders([*pool, N(op, ["p", "x"], ["m"])]) == 2
+
+
+@pytest.mark.parametrize("op", ["Exp", "Neg", "Elu", "Softplus", "Abs", "Softmax"])
+def test_operators_without_a_blocked_kernel(op: str) -> None:
+    assert op not in kernels.BLOCKED_ALWAYS
+    found = explain(models.between([N(op, ["a"], ["m"], name="it")]))
+    assert {m.why for m in found.moves if m.node == "it"} == {"has no kernel in the blocked layout"}
+
+
+def test_channels_last_integer_convolutions_force_transposes() -> None:
+    found = explain(models.quantized())
+    assert [(m.op, m.node, m.why) for m in found.moves] == [
+        ("Transpose", "conv", "its integer kernel runs channels-last")
+    ] * 2
+    assert rows(found)["conv"].kernel == "QLinearConv"
+
+
+def test_casts_around_what_has_no_kernel_for_its_type() -> None:
+    found = explain(models.half())
+    assert [(m.op, m.node) for m in found.moves] == [("Cast", "product")]
+    assert "no kernel for its type" in found.moves[0].why
+
+
+# --- integers
+
+
+def test_integer_kernels_count_as_integer() -> None:
+    for make in (models.quantized, models.weight_only_matmul, models.dynamic_matmul):
+        found = explain(make())
+        assert found.macs["float"] == 0, make
+        assert found.macs["integer"] > 0, make
+        assert found.floats == (), make
+    row = rows(explain(models.dynamic_matmul()))
+    assert {one.kernel for one in row.values()} == {"DynamicQuantizeMatMul"}
+    assert row["product"].how.startswith("runs as DynamicQuantizeMatMul")
+
+
+NEG = [N("Neg", ["c"], ["y"], name="neg")]
+FLOATS: dict[str, tuple[Callable[[], onnx.ModelProto], str, str]] = {
+    "no Q": (lambda: models.quantized(tail=NEG), "conv", "no QuantizeLinear on its output: Neg 'neg' reads it"),
+    "output": (lambda: models.quantized(tail=[], outputs=["c"]), "conv", "its raw output is an output of the model"),
+    "read twice": (
+        lambda: models.quantized([N("Exp", ["c"], ["e"], name="exp")], outputs=["y", "e"]),
+        "conv",
+        "its raw output is also read by Exp 'exp'",
+    ),
+    "zero point": (
+        lambda: models.quantized([N("Relu", ["c"], ["r"], name="bend")], end="r", zero="five"),
+        "conv",
+        "Relu 'bend' stays: the zero point behind it is 5, not 0",
+    ),
+    "leaky": (
+        lambda: models.quantized([N("LeakyRelu", ["c"], ["r"], name="bend")], end="r"),
+        "conv",
+        "LeakyRelu 'bend' stands between it and QuantizeLinear: quantize in between too",
+    ),
+    "weight only": (
+        lambda: models.quantized(source="x", tail=NEG),
+        "conv",
+        "only its weight is quantized: input 'x' is float",
+    ),
+    "ConvTranspose": (
+        lambda: models.quantized(op="ConvTranspose"), "conv", "ConvTranspose has no integer kernel",
+    ),
+    "MatMul + Add": (
+        lambda: models.quantized_matmul(quantize_output=False),
+        "product",
+        "ORT makes one Gemm of it and Add 'shift', with no QuantizeLinear behind",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FLOATS)
+def test_what_stays_float_between_quantizers_and_why(case: str) -> None:
+    make, name, why = FLOATS[case]
+    found = explain(make())
+    assert [(row.name, row.why) for row in found.floats] == [(name, why)]
+    assert found.macs["integer"] == 0
+    assert rows(found)[name].arithmetic == "float"
+    assert any("float inside Q/DQ" in line for line in shown(found))
+
+
+def test_the_same_with_what_was_missing_is_integer() -> None:
+    relu = [N("Relu", ["c"], ["r"], name="bend")]
+    for model in (
+        models.quantized(relu, end="r", zero="least"),
+        models.quantized_matmul(quantize_output=True),
+    ):
+        found = explain(model)
+        assert found.floats == ()
+        assert found.macs["float"] == 0
+
+
+# --- what graphopt would do
+
+
+@registry.register
+@dataclass(frozen=True)
+class _Nearly(base.Pass):
+    """Nearly changes every Exp, `times` times, and never does."""
+
+    name: ClassVar[str] = "test-nearly"
+    times: int = 1
+
+    def run(self, graph: gs.Graph, ctx: base.Context) -> Iterator[base.Change]:
+        for node in graph.nodes:
+            for turn in range(self.times if node.op == "Exp" else 0):
+                why = f"inner value '{node.inputs[0].name}' is a graph output"
+                yield base.Change(f"{node.name}{turn or ''}", "Nearly", why)
+
+
+@registry.register
+@dataclass(frozen=True)
+class _Fails(base.Pass):
+    """Changes something, then raises."""
+
+    name: ClassVar[str] = "test-fails"
+
+    def run(self, graph: gs.Graph, ctx: base.Context) -> Iterator[base.Change]:
+        yield base.Change("here", "a change that is rolled back", apply=lambda: None)
+        raise ValueError("on purpose")
+
+
+def with_pipeline(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    from graphopt import dry_run
+    from graphopt.pipeline import Pipeline
+
+    monkeypatch.setattr(dry_run, "default_pipeline", lambda: Pipeline(spec))
+
+
+def test_changes_and_near_misses_of_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, "repeat(eliminate-identity, eliminate-dead, test-nearly)")
+    model = load(models.tidied())
+    before = model.proto
+    run = explain(model).dry_run
+    assert model.proto == before
+    changed = {(site.step, site.where) for site in run.changes}
+    assert {("eliminate-identity", "nothing"), ("eliminate-identity", "same type")} <= changed
+    # three rounds propose it; it counts once
+    assert run.near_misses == (Site("test-nearly", "exp", "Nearly", "inner value 's' is a graph output"),)
+    assert run.after.nodes < run.before.nodes
+    assert run.result.kernels is not None
+    assert run.result.timing is None
+
+
+def test_near_misses_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline's own report keeps 200 of a pass."""
+    with_pipeline(monkeypatch, "test-nearly{times=300}")
+    (group,) = explain(models.tidied()).to_dict()["graphopt"]["near_misses"]
+    assert group["count"] == len(group["places"]) == 300
+    assert group["example"] == "inner value 's' is a graph output"
+
+
+def test_a_pass_that_fails_is_named_and_its_changes_are_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, "eliminate-identity, test-fails")
+    found = explain(models.tidied())
+    assert list(found.dry_run.failures) == ["test-fails"]
+    assert "on purpose" in found.dry_run.failures["test-fails"]
+    assert {site.step for site in found.dry_run.changes} == {"eliminate-identity"}
+    assert any("test-fails would be rolled back" in line for line in shown(found))
+
+
+def test_sites_are_grouped_by_what_they_say() -> None:
+    sites = [
+        Site("p", "n1", "Rule", "inner value 'a' is read by conv_7, too"),
+        Site("p", "n2", "Rule", "inner value 'b' is read by conv_8, too"),
+        Site("p", "n3", "Rule", "64 channels are too many"),
+        Site("p", "n4", "Rule", "32 channels are too many"),
+        Site("q", "n5", "Rule", "32 channels are too many"),
+        Site("p", "n6", "Rule to [1, 2]", ""),
+    ]
+    found = grouped(sites, {"conv_7", "conv_8"})
+    assert [(g.step, g.places, g.why) for g in found] == [
+        ("p", ("n1", "n2"), "inner value '…' is read by '…', too"),
+        ("p", ("n3", "n4"), "N channels are too many"),
+        ("q", ("n5",), "N channels are too many"),
+        ("p", ("n6",), ""),
+    ]
+    assert found[0].example == sites[0].why
+    assert [g.count for g in grouped(sites, reasons=False)] == [4, 1, 1]
+
+
+def test_the_result_is_timed_when_asked() -> None:
+    timing = run_explain(models.scalar_mul()).dry_run.result.timing
+    assert timing is not None
+    assert timing["interval"][0] <= timing["ratio"] <= timing["interval"][1]
+
+
+# --- where ORT's graph cannot be read, the terminal, the command
+
+
+def test_fates_by_name_where_the_graph_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "is_readable", lambda *_: False)
+    found = explain(models.conv_norm_relu())
+    assert not found.readable
+    assert found.moves == ()
+    assert set(found.fates) <= {"kept", "unknown"}
+    assert rows(found)["norm"].fate == "unknown"
+    assert any("cannot be read" in line for line in shown(found))
+    assert found.dry_run.result.kernels is None
+
+
+def test_the_command(cli: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(models.scalar_mul(), path)
+    document = cli("explain", path, "--no-measure", "--json").json
+    assert document["at"] == {"x": [1, 16, 12, 12]}
+    assert document["summary"]["reorders"] == 4
+    assert {row["name"] for row in document["nodes"]} == {"before", "bend", "scale", "after"}
+    assert {"op": "ReorderInput", "before": 0, "after": 2} in document["ops"]
+    printed = cli("explain", path, "--no-measure").out
+    assert "4 reorders in and out of it" in printed
+    assert "Mul: its operand is a scalar constant" in printed
+    every = cli("explain", path, "--no-measure", "--all").out
+    assert all(name in every for name in ("before", "bend", "scale", "after"))
+    wrong = cli("explain", path, "--shape", "x=1")
+    assert wrong.code == 2
+    assert wrong.err.startswith("error: ")
+
+
+def test_the_command_takes_plugins(cli: Callable[..., Any], tmp_path: Path) -> None:
+    onnx.save(models.gemm(), tmp_path / "net.onnx")
+    assert "no such" in cli("explain", tmp_path / "net.onnx", "--plugin", tmp_path / "none.py").err
+
+
+ZOO = ("ppocr-det", "minilm-torchscript", "silero-vad", "efficientnet-lite0-torchscript")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ZOO)
+def test_real_models_are_explained_on_one_page(name: str) -> None:
+    from graphopt.models import zoo
+
+    found = explain(zoo.fetch(name), data=list(zoo.feeds(name, count=1)))
+    assert "unknown" not in found.fates
+    assert sum(found.by_op().values()) == pytest.approx(1.0)
+    assert all(move.node is not None for move in found.moves)
+    lines = shown(found, width=100_000)
+    assert len(lines) <= 65
+    every = "\n".join(shown(found, everything=True, width=100_000))
+    assert all(row.name in every for row in found.nodes)
+
+
+@pytest.mark.zoo
+def test_the_detector_spends_its_time_outside_the_blocked_layout() -> None:
+    """What ORT-FACTS says of it: scalar Mul and Add between convolutions force reorders."""
+    from graphopt.models import zoo
+
+    found = explain(zoo.fetch("ppocr-det"))
+    count, share = found.reorders
+    assert count == 93
+    assert share > 0.03
+    assert found.elementwise_outside is not None
+    assert found.elementwise_outside > 0.15
+    forced = [m for m in found.moves if m.why.endswith("is a scalar constant")]
+    assert len(forced) > 50

@@ -156,7 +156,8 @@ def _fold(site: AffineSite, chain: list[gs.Node]) -> Change:
     if dtype is None or not whole.finite:
         return Change(where, f"{ops} -> one map", "the merged numbers are not finite")
     reasons: list[str] = []
-    if (guard := _guard(chain)) is None:
+    guard = "it changes nothing, but joins what must stay apart" if whole.identity else _guard(chain)
+    if guard is None:
         for attempt in _ATTEMPTS:
             found = attempt(site, chain, whole, dtype)
             if isinstance(found, Change):

@@ -103,9 +103,9 @@ class _Site:
         return parameter(self.node, name, self.opset) is None
 
     def same_shape(self) -> bool:
-        """Tell whether the first output has the first input's static shape."""
-        shape = self.ctx.shapes.proved(self.x).static
-        return shape is not None and shape == self.ctx.shapes.proved(self.node.outputs[0]).static
+        """Tell whether the first output surely has the first input's shape (sizes of equal text are equal)."""
+        shape = self.dims(self.x)
+        return shape is not None and None not in shape and shape == self.dims(self.node.outputs[0])
 
 
 Proof = Callable[[_Site], gs.Tensor | None]

@@ -69,6 +69,8 @@ class Rebuilder:
             def share(node: gs.Node = node) -> None:
                 self.edit.bypass(tensor, same)
                 self.edit.remove(node)
+                if self.edit.is_output(tensor):
+                    self.first[key] = tensor  # which the node of `same` makes now
 
             yield Change(label(node), f"{node.op} -> '{same.name}'", "it gives the same sizes", share)
             return

@@ -14,7 +14,7 @@ from onnx import TensorProto, TypeProto
 from graphopt.analysis.facts import Fact
 from graphopt.analysis.symbolic_expr import Expr, Size
 from graphopt.errors import GraphoptError
-from graphopt.exporter import encode_attribute, inline, untouched
+from graphopt.exporter import encode_attribute
 from graphopt.ops import STANDARD_DOMAINS
 from graphopt.tensors import encode, numpy_dtype, onnx_dtype
 
@@ -70,7 +70,7 @@ def _proto(node: gs.Node) -> onnx.NodeProto:
             raise ValueError(name)
         if isinstance(value, gs.Constant):
             tensor = onnx.AttributeProto(name=name, type=onnx.AttributeProto.TENSOR)
-            tensor.t.CopyFrom(inline("", untouched(value)))
+            tensor.t.CopyFrom(encode(np.asarray(value.values), ""))
             proto.attribute.append(tensor)
         elif value is not None:
             proto.attribute.append(encode_attribute(node, name, value))
@@ -100,7 +100,7 @@ def _data(fact: Fact, tensor: gs.Tensor) -> TensorProto | None:
     if values is not None and fact.dtype is not None:
         return encode(np.asarray(values.tolist(), fact.dtype).reshape(values.shape), "")
     if isinstance(tensor, gs.Constant) and tensor._values.nbytes <= _MOST_BYTES and fact.dtype is not None:
-        return inline("", untouched(tensor)) if fact.dtype.kind in "iufb" else None
+        return encode(np.asarray(tensor.values), "") if fact.dtype.kind in "iufb" else None
     return None
 
 

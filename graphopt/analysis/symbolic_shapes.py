@@ -3,8 +3,9 @@
 A rule returns the facts of the outputs that it knows, in order, or None to leave the node to ONNX's inference.
 Rules must hold for every input for which ORT runs the node at all; what ORT refuses needs no answer.
 
-A Reshape copies an input axis where its target says 0.  A computed target may say so for an empty axis, too: the
-axis is then taken to be of size 0, as the rest of its product is (`[N, H, W] -> [N, H*W]`).
+A Reshape copies an input axis where its target says 0.  A computed target says so by accident where an axis is
+empty, and gives an empty tensor of another shape than was meant.  That is left out of account where the target has
+as many elements as the input by its symbols: `[n*t, 4] -> [n, t, 4]` is what comes out, whatever `t` is.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ Place: TypeAlias = Callable[[TensorProto, str, Values], bool]
 (main graph only)."""
 
 
-def inline(out: TensorProto, name: str, values: Values) -> bool:
+def put_inline(out: TensorProto, name: str, values: Values) -> bool:
     """Place a constant's data inside its proto."""
     if isinstance(values, LazyTensor):
         values.put(out, name)
@@ -37,10 +37,10 @@ def inline(out: TensorProto, name: str, values: Values) -> bool:
     return True
 
 
-def inlined(name: str, values: Values) -> TensorProto:
+def inline(name: str, values: Values) -> TensorProto:
     """Return a constant as a proto that holds its data."""
     out = TensorProto()
-    inline(out, name, values)
+    put_inline(out, name, values)
     return out
 
 
@@ -63,7 +63,7 @@ class Exporter:
         place: where the data of constants goes.
     """
 
-    def __init__(self, shell: onnx.ModelProto, place: Place = inline) -> None:
+    def __init__(self, shell: onnx.ModelProto, place: Place = put_inline) -> None:
         self.shell = shell
         self.place = place
         self.listed = shell.ir_version < 4  # before IR 4 every initializer is listed as an input
@@ -111,7 +111,7 @@ class Exporter:
             dense = sorted([*dense, *held.defaults], key=lambda pair: place.get(id(pair[0]), len(place)))
         for tensor, values in dense:
             proto = out.initializer.add()
-            there = self.place(proto, tensor.name, values) or (not main and inline(proto, tensor.name, values))
+            there = self.place(proto, tensor.name, values) or (not main and put_inline(proto, tensor.name, values))
             if not there:
                 del out.initializer[-1]
             if isinstance(tensor, gs.Constant) and main and (not there or self.listed) and id(tensor) not in listed:
@@ -174,7 +174,7 @@ class Exporter:
             if original is not None and original.HasField("doc_string"):
                 out.doc_string = original.doc_string
             if not self.place(out.t, value.name, values):
-                inline(out.t, value.name, values)
+                put_inline(out.t, value.name, values)
             return out
         if original is not None and unchanged(original, decoded, value):
             return original
@@ -190,7 +190,7 @@ class Exporter:
         constants = constants_of(function, set())
         for constant in constants:  # function bodies have no initializers
             node = out.node.add(op_type="Constant", output=[constant.name])
-            node.attribute.append(helper.make_attribute("value", inlined("", untouched(constant))))
+            node.attribute.append(helper.make_attribute("value", inline("", untouched(constant))))
         outer = {id(c) for c in constants}
         self._nodes(function.nodes, out.node, outer)
         if hasattr(out, "value_info"):

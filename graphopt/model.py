@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from graphopt.errors import ModelError
-from graphopt.exporter import Exporter, Place, inline, inlined, untouched
+from graphopt.exporter import Exporter, Place, inline, put_inline, untouched
 from graphopt.external import ModelFile, atomic_write, digest
 from graphopt.importer import Importer, NodeOrigin, Values, opset_of, origin, shell_of
 from graphopt.sanity import check_graphs, check_proto
@@ -188,7 +188,7 @@ class Model:
         """Return about how many bytes the model takes on disk: its structure and its weights."""
         return self.snapshot().nbytes
 
-    def emit(self, place: Place = inline) -> onnx.ModelProto:
+    def emit(self, place: Place = put_inline) -> onnx.ModelProto:
         """Return the model as a new proto, its weights put where `place` says."""
         return Exporter(self.shell, place).run(self.graph, self.functions)
 
@@ -211,7 +211,7 @@ class Model:
 
         def keep(out: TensorProto, name: str, values: Values) -> bool:
             if values.nbytes < _SMALL:
-                return inline(out, name, values)
+                return put_inline(out, name, values)
             weights.append(values)
             return _elsewhere(out, name, values, {MAPPED: len(weights) - 1})
 
@@ -264,7 +264,7 @@ class Model:
 
         def place(out: TensorProto, name: str, values: Values) -> bool:
             elsewhere = places.get(id(values))
-            return inline(out, name, values) if elsewhere is None else _elsewhere(out, name, values, elsewhere)
+            return put_inline(out, name, values) if elsewhere is None else _elsewhere(out, name, values, elsewhere)
 
         try:
             _write(path, self.emit(place))
@@ -363,7 +363,7 @@ def _put_back(nodes: Iterable[onnx.NodeProto], weights: Sequence[Values]) -> Non
             for tensor in tensors:
                 if tensor.data_location == TensorProto.EXTERNAL:
                     values = weights[int(tensor.external_data[0].value)]
-                    tensor.CopyFrom(inlined(tensor.name, values))
+                    tensor.CopyFrom(inline(tensor.name, values))
 
 
 def value_spec(tensor: gs.Tensor) -> ValueSpec:
@@ -421,12 +421,12 @@ def _in_turn(weights: Collection[Values]) -> Iterator[bytes | memoryview]:
 def _raw(values: Values) -> bytes | memoryview:
     if isinstance(values, LazyTensor):
         return values.raw()
-    return inlined("", values).raw_data
+    return inline("", values).raw_data
 
 
 def _by_reference(out: TensorProto, name: str, values: Values) -> bool:
     if not isinstance(values, LazyTensor):
-        return inline(out, name, values)
+        return put_inline(out, name, values)
     values.put(out, name, inline=values.tensor.data_location != TensorProto.EXTERNAL)
     return True
 

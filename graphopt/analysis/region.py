@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from graphopt.analysis.shapes import TensorType
-from graphopt.exporter import Exporter, inline
+from graphopt.exporter import Exporter, put_inline
 from graphopt.importer import Values, tensor_type
 
 Array = np.ndarray[Any, Any]
@@ -80,7 +80,7 @@ def extract(nodes: Sequence[gs.Node], opset: int) -> Region:
 
     def place(out: onnx.TensorProto, name: str, values: Values) -> bool:
         if values.nbytes < _FED or name not in constants:
-            return inline(out, name, values)
+            return put_inline(out, name, values)
         feeds[name] = constants[name]
         return False
 

@@ -30,8 +30,8 @@ DEFAULT_OPSET = 17
 
 CLEANUP = (
     "canonicalize, fold-constants, simplify-shapes, fold-if, eliminate-identity, fuse-activations, fuse-gelu, "
-    "fold-affine, fuse-convs, fuse-linear, merge-parallel, sink-transposes, fuse-movement, eliminate-common, "
-    "eliminate-dead"
+    "fold-affine, fuse-convs, fuse-linear, merge-parallel, "
+    "sink-transposes, hoist-slices, fuse-movement, fuse-parts, eliminate-casts, eliminate-common, eliminate-dead"
 )
 """The canonical stage, repeated until it changes nothing."""
 

@@ -127,9 +127,9 @@ def view(op: Op, x: Value, sizes: Sequence[Size], wanted: Sequence[Size], *, ope
     if list(sizes) == list(wanted):
         return op.Identity(x)
     if places := inserted(sizes, wanted):
-        return op.Unsqueeze(x, axes=np.asarray(places, np.int64))
+        return op.Unsqueeze(x, axes=places)
     if places := inserted(wanted, sizes):
-        return op.Squeeze(x, axes=np.asarray(places, np.int64))
+        return op.Squeeze(x, axes=places)
     target = [
         size[0] if not size[1] else 0 if i < len(sizes) and size == sizes[i] else -1 for i, size in enumerate(wanted)
     ]
@@ -267,9 +267,7 @@ def _reduced_axes(m: Match, x: Value) -> list[int] | str:
 
 def _reduce_again(op: Op, x: Value, m: Match, keepdims: int) -> Value:
     node = m["reduce"]
-    attrs = {**node.attrs, "keepdims": keepdims, "axes": np.asarray(_reduced_axes(m, x), np.int64)}
-    if "axes" in node.attrs:  # an attribute in this operator set
-        attrs["axes"] = _reduced_axes(m, x)
+    attrs = {**node.attrs, "keepdims": keepdims, "axes": _reduced_axes(m, x)}
     again: Value = getattr(op, node.node.op)(x, **attrs)
     return again
 

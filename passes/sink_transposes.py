@@ -13,17 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.shapes import TensorType
 from graphopt.base import Change, Context, Pass
-from graphopt.edit import Edit, label, make_node, replace_output, turn_into
+from graphopt.edit import Edit, label, replace_output, turn_into
 from graphopt.ops import is_standard
 from graphopt.registry import register
 
+from .new_nodes import Maker
 from .transpose_flow import Perm, inverse
 from .transpose_region import Cut, Region, cheapest, crosses, grow, is_source, perm_of
 
@@ -112,6 +112,7 @@ class _Mover:
         self.region = region
         self.moved = [node for key, node in region.nodes.items() if key in cut.moved]
         self.ids = cut.moved
+        self.make = Maker(edit, ctx)
         self.permuted: dict[int, gs.Tensor] = {}
 
     def move(self) -> None:
@@ -143,7 +144,7 @@ class _Mover:
         for i in made.inputs:
             self.edit.set_input(node, i, self._permuted(node.inputs[i]))
         for i, values in made.constants.items():
-            self.edit.set_input(node, i, self._constant(node, values))
+            self.edit.set_input(node, i, self.make.constant(f"{label(node)}/permuted", values))
         node.attrs.update(made.attrs)
 
     def _permuted(self, tensor: gs.Tensor) -> gs.Tensor:
@@ -183,24 +184,7 @@ class _Mover:
         """Return a new tensor of the type of another, permuted."""
         known = self.ctx.shapes.proved(like)
         shape = None if known.shape is None else tuple(known.shape[a] for a in perm)
-        made = gs.Variable(
-            self.ctx.fresh_name(f"{like.name}/permuted"), known.dtype, None if shape is None else list(shape)
-        )
-        self.ctx.shapes.learn(made, TensorType(known.dtype, shape))
-        return made
+        return self.make.tensor(f"{like.name}/permuted", TensorType(known.dtype, shape))
 
     def _transpose(self, source: gs.Tensor, result: gs.Tensor, perm: Perm, place: gs.Node | None) -> None:
-        name = self.ctx.fresh_name(f"{result.name}/Transpose")
-        node = make_node("Transpose", [source], [result], {"perm": list(perm)}, name=name)
-        local = place if place is not None and self.edit.is_local(place) else None
-        self.edit.insert_after(local, [node])
-
-    def _constant(self, node: gs.Node, values: np.ndarray[Any, Any]) -> gs.Tensor:
-        name = f"{label(node)}/permuted"
-        if self.ctx.holds_initializers(self.edit.graph):
-            return self.ctx.constant(name, values)
-        tensor = gs.Variable(self.ctx.fresh_name(name), values.dtype, list(values.shape))
-        self.ctx.shapes.learn(tensor, TensorType(values.dtype, tuple(values.shape)))
-        made = make_node("Constant", [], [tensor], {"value": gs.Constant("", values)}, name=tensor.name)
-        self.edit.insert_after(None, [made])
-        return tensor
+        self.make.node("Transpose", [source], [result], {"perm": list(perm)}, like=[place] if place else [])

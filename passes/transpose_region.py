@@ -100,13 +100,13 @@ def _ports(edit: Edit, tensor: gs.Tensor) -> Iterator[tuple[gs.Node, Port]]:
 
 
 def _is_border(region: Region, node: gs.Node, port: Port, perm: Perm) -> bool:
-    """Take down a Transpose that does or undoes the permutation."""
+    """Take down a Transpose that does or undoes the permutation: one that swaps two tensors of the region, once."""
     if not is_standard(node, "Transpose"):
         return False
     found = perm_of(node)
-    if found is not None and port[0] == "in" and found == perm:
+    if found is not None and port[0] == "in" and found == perm and id(node) not in region.sources:
         region.sinks[id(node)] = node
-    if found is not None and port[0] == "out" and found == inverse(perm):
+    if found is not None and port[0] == "out" and found == inverse(perm) and id(node) not in region.sinks:
         region.sources[id(node)] = node
     return True
 

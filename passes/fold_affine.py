@@ -104,7 +104,8 @@ def _proposals(site: AffineSite, skipped: set[int]) -> Iterator[tuple[Change, li
             continue
         given = site.affine(node)
         if given is None:
-            if is_standard(node, "BatchNormalization") and (reason := why_not_norm(site, node)) is not None:
+            if is_standard(node, "BatchNormalization"):
+                reason = why_not_norm(site, node) or "its numbers are not finite, or the rank of its input not known"
                 yield Change(label(node), "BatchNormalization -> scale and shift", reason), [node]
             continue
         if _continues(site, node):

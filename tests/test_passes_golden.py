@@ -30,7 +30,7 @@ UNRUNNABLE = {
     "fold-constants-kept": "it has a made-up operator",
     "fold-constants-growth": "it asks for terabytes",
     "fold-constants-fails": "it reads beyond the end",
-    "fuse-batchnorm-refused": "ORT has no training mode here",
+    "fold-affine-norm-refused": "ORT has no training mode here",
 }
 """Models that ORT does not run, as they came."""
 

@@ -123,6 +123,9 @@ BLOCKED_THROUGH = frozenset(
 )  # fmt: skip
 """What ORT computes in the blocked layout where its inputs have it already."""
 
+NEVER_FAILS = UNARY - {"Cast", "Dropout", "Clip"} | {"Shape", "Size", "Softmax", "LogSoftmax"}
+"""Operators that run for every input of a type that they take."""
+
 OUTPUTS_SET_MODE = frozenset({"BatchNormalization"})
 """Naming an optional output may change what the operator computes (before opset 14)."""
 

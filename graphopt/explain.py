@@ -156,6 +156,11 @@ class Explanation:
             found[row.op] += row.share or 0.0
         return dict(sorted(((op, share) for op, share in found.items() if share), key=lambda pair: -pair[1]))
 
+    @property
+    def unplaced(self) -> float:
+        """Share of the time in kernels of which nothing tells what they are for."""
+        return max(0.0, 1.0 - sum(self.by_op().values())) if self.kernel_seconds else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         reorders, reorder_share = self.reorders
@@ -165,8 +170,9 @@ class Explanation:
             "kernel_ms": self.kernel_seconds * 1e3, "readable": self.readable,
             "summary": {
                 "nodes": len(self.nodes), "kernels": sum(self.ops_after.values()), "fates": self.fates,
-                "time": self.by_op(), "blocked_kernels": self.blocked_kernels, "reorders": reorders,
-                "reorder_share": reorder_share, "elementwise_outside_blocked": self.elementwise_outside,
+                "time": self.by_op(), "unplaced": self.unplaced,
+                "blocked_kernels": self.blocked_kernels, "reorders": reorders, "reorder_share": reorder_share,
+                "elementwise_outside_blocked": self.elementwise_outside,
                 "macs": self.macs,
             },
             "ops": [

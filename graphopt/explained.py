@@ -18,6 +18,9 @@ from graphopt.tables import grid, lines, milliseconds
 OPS, MOVES, FLOATS, SLOWEST, CHANGES, MISSES = 12, 6, 6, 6, 6, 8
 """Rows of each table where not all are shown."""
 
+UNPLACED = 0.005
+"""Share of the time that may be left out without a word."""
+
 NAMED = 3
 """Nodes named in one row."""
 
@@ -55,7 +58,7 @@ def _summary(found: Explanation) -> list[str]:
     texts = [
         f"nodes   {len(found.nodes)} in the model, {sum(found.ops_after.values())} in ONNX Runtime: {kinds}"
         + (f"; {len(found.moves)} added" if found.moves else ""),
-        f"time    {top}",
+        f"time    {top}" + (f"; {_percent(found.unplaced)} could not be placed" if found.unplaced > UNPLACED else ""),
         *_layout_line(found),
     ]
     macs = found.macs

@@ -20,7 +20,6 @@ from graphopt.kernels import (
     BLOCKED_RESIZES,
     BLOCKED_SUMS,
     COPIES,
-    MOVERS,
 )
 from graphopt.trace import Kernel, Matches, Trace
 
@@ -70,7 +69,7 @@ class _Layout:
     def moves(self) -> list[Move]:
         found = []
         for k, kernel in enumerate(self.kernels):
-            if kernel.stands or kernel.node.op_type not in MOVERS:
+            if kernel.stands:
                 continue
             node, op, why = self._cause(k)
             found.append(Move(kernel.node.name or kernel.node.op_type, kernel.node.op_type, k, node, op, why))
@@ -97,7 +96,9 @@ class _Layout:
             return self._first(around, "", "has no kernel for its type: it runs in another")
         if node.op_type in COPIES:
             return self._first(targets, "the model's own output lies on the host", "runs on another provider")
-        return self._first(targets, "", "takes the blocked tensor in another shape")
+        return self._first(
+            targets, "", "takes the blocked tensor in another shape" if node.op_type == "Reshape" else ""
+        )
 
     def _transposed(self, k: int, targets: list[int | str]) -> tuple[str | None, str, str]:
         source = self._source(k)

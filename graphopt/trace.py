@@ -78,6 +78,7 @@ class Trace:
         calls = {(f.domain or "", f.name) for f in model.functions}
         self.calls = {i for i, n in enumerate(self.nodes) if (n.domain or "", n.op) in calls}
         self.made, self.called = self._unique_tensors(model)
+        self.given = {t.name for t in (*model.graph.inputs, *model.constants())}
         self.results = {t.name for graph in model.graphs() for t in graph.outputs}
         self._aliases: dict[str, str] = {}
 
@@ -137,20 +138,22 @@ class Trace:
                 reached = self._reached(k, ran, stands, readers)
                 left = [i for i in self._between(reached, stops) if i not in done]
                 stands[k] = left or self._calls(node) or self.by_name(node.name)
-        for k in reversed(range(len(ran))):  # part of what its only reader is part of
-            only = {r for output in ran[k].output for r in readers[output]}
-            if not stands[k] and len(only) == 1 and not self._added(ran[k]):
-                stands[k] = stands[only.pop()]
+        for k in reversed(range(len(ran))):  # part of what all its readers are part of
+            whole = {tuple(stands[r]) for output in ran[k].output for r in readers[output]}
+            if not stands[k] and len(whole) == 1 and not self._added(ran[k]):
+                stands[k] = list(whole.pop())
         return Matches([Kernel(node, tuple(found)) for node, found in zip(ran, stands, strict=True)])
 
     def _added(self, node: onnx.NodeProto) -> bool:
         """Tell whether ORT put in a node that only moves data between kernels."""
         if node.domain == BLOCKED_DOMAIN:
             return node.op_type in REORDERS
-        if node.op_type not in MOVERS or self._kept(node) is not None:
+        names = (*node.input, *node.output)
+        if node.op_type not in MOVERS or self._kept(node) is not None or any("_inlfunc_" in name for name in names):
             return False
-        made = [self.made[name] for name in map(self._tensor, node.output) if name is not None]
-        return all(self.nodes[i].op != node.op_type for i in made)
+        made = [self.nodes[self.made[name]].op for name in map(self._tensor, node.output) if name is not None]
+        known = node.input[0] in self.given or self._tensor(node.input[0]) is not None
+        return not made or not (known or node.op_type in made)
 
     def _moved(self, ran: Sequence[onnx.NodeProto]) -> dict[str, str]:
         """Return tensor of the optimised graph -> the original tensor that an added node makes of it."""

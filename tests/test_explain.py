@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from onnx.backend.test import loader
 from rich.console import Console
 
 from graphopt import base, kernels, profile, registry
 from graphopt.dry_run import Site, grouped
+from graphopt.errors import GraphoptError
 from graphopt.explain import Explanation, NodeRow
 from graphopt.explain import explain as run_explain
 from graphopt.explained import explanation
@@ -416,6 +419,32 @@ def test_the_result_is_timed_when_asked() -> None:
     timing = run_explain(models.scalar_mul()).dry_run.result.timing
     assert timing is not None
     assert timing["interval"][0] <= timing["ratio"] <= timing["interval"][1]
+
+
+def cases() -> list[Any]:
+    """One in ten models of the backend suite."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [case for kind in ("node", "simple") for case in loader.load_model_tests(kind=kind)]
+    return [case.model or f"{case.model_dir}/model.onnx" for case in found][::10]
+
+
+@pytest.mark.conformance
+def test_models_of_the_backend_suite_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions that ORT takes apart, types that it lacks, sequences, empty tensors: no time is lost, hardly a fate."""
+    with_pipeline(monkeypatch, "eliminate-identity")
+    explained, unknown = 0, 0
+    for model in cases():
+        try:
+            found = explain(model)
+        except GraphoptError:  # ORT does not run it
+            continue
+        explained += 1
+        unknown += found.fates.get("unknown", 0)
+        assert found.unplaced == pytest.approx(0.0, abs=1e-9) or unknown
+        shown(found, everything=True)
+    assert explained > 100
+    assert unknown <= 0.02 * explained
 
 
 # --- where ORT's graph cannot be read, the terminal, the command

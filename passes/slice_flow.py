@@ -30,7 +30,7 @@ class Needs:
     Attributes:
         axes: axis to cut of each input that is cut, by index.
         constants: new values of parameters, by input index, given how many elements are left.
-        work: element operations per element of the output.
+        work: element operations per element of the output; none for what only looks at it differently.
     """
 
     axes: dict[int, int]
@@ -156,7 +156,7 @@ def _squeeze(site: Site, axis: int) -> Needs | None:
     if axes is None or rank is None:
         return None
     gone = {a % rank for a in axes}
-    return Needs({0: [a for a in range(rank) if a not in gone][axis]})
+    return Needs({0: [a for a in range(rank) if a not in gone][axis]}, work=0)
 
 
 def _unsqueeze(site: Site, axis: int) -> Needs | None:
@@ -164,7 +164,7 @@ def _unsqueeze(site: Site, axis: int) -> Needs | None:
     if axes is None or rank is None:
         return None
     new = {a % rank for a in axes}
-    return None if axis in new else Needs({0: axis - sum(a < axis for a in new)})
+    return None if axis in new else Needs({0: axis - sum(a < axis for a in new)}, work=0)
 
 
 def _concat(site: Site, axis: int) -> Needs | None:
@@ -178,7 +178,7 @@ def _slice(site: Site, axis: int) -> Needs | None:
     axes, rank = site.known("axes"), site.rank(site.node.inputs[0])
     if axes is None or rank is None or site.opset < 10 or axis in {a % rank for a in axes}:
         return None
-    return Needs({0: axis})
+    return Needs({0: axis}, work=0)
 
 
 def _gather(site: Site, axis: int) -> Needs | None:
@@ -192,7 +192,7 @@ def _gather(site: Site, axis: int) -> Needs | None:
 
 
 def _flatten(site: Site, axis: int) -> Needs | None:
-    return Needs({0: 0}) if axis == 0 and site.node.attrs.get("axis", 1) == 1 else None
+    return Needs({0: 0}, work=0) if axis == 0 and site.node.attrs.get("axis", 1) == 1 else None
 
 
 def _norm(*allowed: int) -> Callable[[Site, int], Needs | None]:
@@ -215,7 +215,7 @@ def _reshape(site: Site, axis: int) -> Needs | None:
     place = next((b for b in range(len(sizes)) if product(sizes[:b]) == before and sizes[b] == out[axis]), None)
     if place is None or (place != axis and place < len(target) and target[place] == 0):
         return None
-    made = Needs({0: place})
+    made = Needs({0: place}, work=0)
     if target[axis] == 0 and place != axis:
         return None
     if target[axis] > 0:

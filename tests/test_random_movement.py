@@ -156,7 +156,7 @@ def reshape(b: Builder) -> None:
         return
     out, size = list(shape), shape[i]
     if i + 1 < len(shape) and isinstance(shape[i + 1], int) and b.rng.random() < 0.5:
-        out[i : i + 2] = [size * shape[i + 1]]  # type: ignore[list-item,operator]  # both are numbers
+        out[i : i + 2] = [size * shape[i + 1]]  # type: ignore[operator]  # both are numbers
     elif isinstance(size, int) and size % 2 == 0 and len(shape) < 5:
         out[i : i + 1] = [2, size // 2]
     target = [0 if i < len(shape) and s == shape[i] else s for i, s in enumerate(out)]

@@ -30,7 +30,7 @@ DEFAULT_OPSET = 17
 
 CLEANUP = (
     "canonicalize, fold-constants, simplify-shapes, fold-if, hoist-loop-invariants, eliminate-identity, "
-    "fuse-activations, fuse-gelu, fold-affine, fuse-convs, fuse-linear, merge-parallel, "
+    "fuse-activations, fuse-gelu, fold-affine, expand-einsum, fuse-convs, fuse-linear, merge-parallel, "
     "sink-transposes, hoist-slices, fuse-movement, fuse-parts, eliminate-casts, eliminate-common, eliminate-dead"
 )
 """The canonical stage, repeated until it changes nothing."""

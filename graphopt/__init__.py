@@ -8,6 +8,7 @@ from graphopt import interrupt as _interrupt  # first: what follows takes time, 
 from graphopt.base import Change, Context, Pass, Target
 from graphopt.data import load_samples
 from graphopt.errors import GateMissedError, GraphoptError, InputError, InternalError
+from graphopt.explain import explain
 from graphopt.inspect import inspect
 from graphopt.model import Model, load
 from graphopt.optimizer import optimize
@@ -37,6 +38,7 @@ __all__ = [
     "Target",
     "bench",
     "bisect",
+    "explain",
     "inspect",
     "load",
     "load_plugin",

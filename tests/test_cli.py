@@ -318,7 +318,7 @@ def test_interrupt_writes_nothing(model: Path, tmp_path: Path) -> None:
 
 
 def test_every_command_has_help(cli: Cli) -> None:
-    for command in ("optimize", "run", "validate", "bench", "inspect", "passes", "demo", "zoo"):
+    for command in ("optimize", "run", "validate", "bench", "inspect", "explain", "passes", "demo", "zoo"):
         ran = cli(command, "--help")
         assert ran.code == 0
         assert "Usage" in ran.out

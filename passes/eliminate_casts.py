@@ -26,7 +26,7 @@ from graphopt.ops import is_standard
 from graphopt.registry import register
 from graphopt.tensors import onnx_dtype
 
-from .fuse_casts import holds
+from .fuse_casts import converts_differently
 from .new_nodes import Maker
 
 _MOVED: dict[str, int | None] = {
@@ -129,10 +129,9 @@ def _narrow(ctx: Context, tree: _Tree, node: gs.Node) -> np.dtype[Any] | str:
     if narrow is None or wide is None or narrow.kind in "OSU":
         return "the types before the Casts differ, or are not known"
     last = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
-    if not holds(wide, narrow):
-        return f"{wide} does not hold every {narrow}"
-    if last != narrow and not (holds(last, narrow) or (narrow.kind == "f" and last.kind == "f")):
-        return f"{last} does not hold every {narrow}"
+    reason = converts_differently(narrow, wide, last)
+    if reason is not None:
+        return reason
     if last == wide:
         return "it converts nothing"
     for constant in tree.constants:

@@ -46,6 +46,17 @@ def holds(wide: np.dtype[Any], narrow: np.dtype[Any]) -> bool:
     return bool(a.nmant >= b.nmant and a.maxexp >= b.maxexp and a.minexp <= b.minexp)
 
 
+def converts_differently(narrow: np.dtype[Any], wide: np.dtype[Any], last: np.dtype[Any]) -> str | None:
+    """Return why `narrow` to `last` is not the same by way of `wide`, None where it is."""
+    if not holds(wide, narrow):
+        return f"{wide} does not hold every {narrow}"
+    if last in (narrow, np.bool_):
+        return None
+    if narrow.kind in "iu" and is_float(wide) and not holds(last, narrow):
+        return f"what {last} does not hold is converted differently from {narrow} and from {wide}"
+    return None
+
+
 class CastOfCast(Rule):
     """Cast(Cast(x, B), C) -> Cast(x, C)    where B holds every value of x"""
 
@@ -62,13 +73,7 @@ class CastOfCast(Rule):
         between, last = target_of(m["inner"]), target_of(m["outer"])
         if x.dtype is None or between is None or last is None or x.dtype.kind in "OSU":
             return "a type is not known"
-        if not holds(between, x.dtype):
-            return f"{between} does not hold every {x.dtype}"
-        if x.dtype == last:
-            return None
-        if x.dtype.kind in "iu" and is_float(between) and not holds(last, x.dtype):
-            return f"what {last} does not hold is converted differently from {x.dtype} and from {between}"
-        return None
+        return converts_differently(x.dtype, between, last)
 
     @staticmethod
     def rewrite(op: Op, x: Value, m: Match) -> Value:

@@ -160,6 +160,9 @@ def _hoisted(edit: Edit, ctx: Context, node: gs.Node, applied: list[bool], near:
     cone = _cone(edit, ctx, node, taken)
     what = f"{node.op} above {len(cone.nodes)} operators"
     if not cone.nodes:
+        reason = _read_elsewhere(edit, ctx, node, taken)
+        if reason is not None:
+            near.append(Change(label(node), f"{node.op} above what it takes of", reason))
         return
     reason = _not_worth(ctx, node, taken, cone)
     if reason is not None:
@@ -171,6 +174,17 @@ def _hoisted(edit: Edit, ctx: Context, node: gs.Node, applied: list[bool], near:
         _Hoist(edit, ctx, node, taken, cone).move()
 
     yield Change(label(node), what, "they compute only what is read", apply)
+
+
+def _read_elsewhere(edit: Edit, ctx: Context, node: gs.Node, taken: _Taken) -> str | None:
+    """Return who else reads what a Slice could be moved above."""
+    tensor = node.inputs[0]
+    producer = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+    if producer is None or not edit.is_local(producer) or edit.sole_consumer(tensor) is not None:
+        return None
+    if needs(Site(producer, edit, ctx), taken.axis) is None:
+        return None
+    return f"'{tensor.name}' is used elsewhere, too"
 
 
 def _left(ctx: Context, node: gs.Node, taken: _Taken) -> int | None:

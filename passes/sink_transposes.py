@@ -24,7 +24,7 @@ from graphopt.ops import is_standard
 from graphopt.registry import register
 
 from .new_nodes import Maker
-from .transpose_flow import Perm, inverse
+from .transpose_flow import Perm, inverse, is_identity
 from .transpose_region import Cut, Region, cheapest, crosses, grow, is_source, perm_of
 
 _ROUNDS = 8
@@ -44,7 +44,7 @@ class SinkTransposes(Pass):
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose one change per region that has a cheaper place for its Transposes."""
         with Edit(graph) as edit:
-            near: list[Change] = []
+            near: dict[str, Change] = {}
             for _ in range(_ROUNDS):
                 sweep = _Sweep(edit, ctx)
                 yield from sweep.changes()
@@ -52,7 +52,7 @@ class SinkTransposes(Pass):
                 near = sweep.near
                 if not sweep.applied:
                     break
-            yield from near
+            yield from near.values()
 
 
 class _Sweep:
@@ -62,7 +62,7 @@ class _Sweep:
         self.edit = edit
         self.ctx = ctx
         self.applied = False
-        self.near: list[Change] = []
+        self.near: dict[str, Change] = {}
         self._seen: set[tuple[int, Perm]] = set()
         self._touched: set[int] = set()
 
@@ -85,7 +85,7 @@ class _Sweep:
         what = f"{cut.count_before} Transpose -> {cut.count_after}"
         if cut.after >= cut.before:
             if region.nodes or region.stuck is not None:
-                self.near.append(Change(label(node), "move Transpose", _reason(region)))
+                self.near.setdefault(label(node), Change(label(node), "move Transpose", _reason(region)))
             return
 
         def apply() -> None:
@@ -131,7 +131,7 @@ class _Mover:
         """Let a moved operator make permuted tensors, and a Transpose the old ones where somebody needs them."""
         for i, perm in self.region.flows[id(node)].outputs.items():
             old = node.outputs[i]
-            if not old.name:
+            if not old.name or is_identity(perm):
                 continue
             new = self._new(old, perm)
             self.permuted[id(old)] = new
@@ -156,6 +156,8 @@ class _Mover:
         return known
 
     def _find(self, tensor: gs.Tensor) -> gs.Tensor:
+        if is_identity(self.region.perms[id(tensor)]):
+            return tensor
         if is_source(self.region, tensor):
             return tensor.inputs[0].inputs[0]
         for node in self.edit.consumers(tensor):

@@ -10,6 +10,7 @@ from typing import Any
 
 from graphopt import registry
 from graphopt.base import Change, Target, all_names
+from graphopt.errors import GraphoptError
 from graphopt.kernels import REORDERS
 from graphopt.model import Model, load
 from graphopt.optimizer import default_pipeline
@@ -59,12 +60,14 @@ class After:
     """The result in ORT.
 
     `kernels` and `reorders` are counts, None where ORT's graph cannot be read.  `timing` is its latency as a part of
-    the model's own, as `Ratio.to_dict` has it; None where it was not measured.
+    the model's own, as `Ratio.to_dict` has it; None where it was not measured.  `refused` is what ORT says where it
+    does not run the result.
     """
 
     kernels: int | None
     reorders: int | None
     timing: dict[str, Any] | None
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,7 @@ class DryRun:
 def dry_run(
     model: Model, samples: Samples, *, threads: int = 1, provider: str = "cpu", seed: int = 0, measure: bool = True
 ) -> DryRun:
-    """Run the default pipeline over a copy of `model`, and the result in ORT.
-
-    Raises:
-        GraphoptError: ORT refuses the result.
-    """
+    """Run the default pipeline over a copy of `model`, and the result in ORT; arguments as of `explain`."""
     seen: dict[int, list[Change]] = defaultdict(list)
     records: dict[int, PassRecord] = {}
 
@@ -142,13 +141,21 @@ def dry_run(
     return DryRun(
         str(pipeline), report.before, report.after, (report.opset_before, report.opset_after), tuple(changes),
         tuple(near), {r.name: r.failure or "" for r in report.failures},
-        After(*_kernels(result.model, provider), _timing(model, result.model, samples, settings) if measure else None),
+        _after(model, result.model, samples, settings, measure),
         frozenset(all_names(model) | all_names(result.model)) - {str(node.op) for node in model.nodes()},
     )  # fmt: skip
 
 
 def _kept() -> None:
     """Stand for a change that was applied."""
+
+
+def _after(before: Model, after: Model, samples: Samples, settings: Settings, measure: bool) -> After:
+    try:
+        counts = _kernels(after, settings.target.provider)
+        return After(*counts, _timing(before, after, samples, settings) if measure else None)
+    except GraphoptError as error:  # a fault of a pass: `optimize` would roll back what made it
+        return After(None, None, None, error.what)
 
 
 def _kernels(model: Model, provider: str) -> tuple[int | None, int | None]:

@@ -73,11 +73,9 @@ def _layout_line(found: Explanation) -> list[str]:
     if not found.blocked_kernels:
         return ["layout  no kernel runs in the blocked layout (NCHWc)"] if found.readable else []
     count, share = found.reorders
-    outside = found.elementwise_outside or 0.0
-    return [
-        f"layout  {found.blocked_kernels} kernels in the blocked layout (NCHWc); {count} reorders in and out of it "
-        f"take {_percent(share)}, elementwise kernels outside it {_percent(outside)}"
-    ]
+    moved = f"{count} reorder{'s' if count != 1 else ''} in and out of it take {_percent(share)}"
+    outside = f"elementwise kernels outside it {_percent(found.elementwise_outside or 0.0)}"
+    return [f"layout  {found.blocked_kernels} kernels in the blocked layout (NCHWc); {moved}, {outside}"]
 
 
 def _promise(found: Explanation) -> list[str]:
@@ -191,7 +189,9 @@ def _changes(found: Explanation, everything: bool) -> list[RenderableType]:
             f"graphopt would change: {counts}", ("pass", "changes", "what", "such as"), rows, CHANGES, everything,
             numeric=("changes",),
         )  # fmt: skip
-    return parts + lines((f"! {step} would be rolled back: {why}" for step, why in run.failures.items()), "red")
+    failures = [f"! {step} would be rolled back: {why}" for step, why in run.failures.items()]
+    failures += [f"! the result as a whole would be refused: {run.result.refused}"] if run.result.refused else []
+    return parts + lines(failures, "red")
 
 
 def _misses(found: Explanation, everything: bool) -> list[RenderableType]:

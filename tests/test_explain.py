@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -329,7 +330,6 @@ def test_the_same_with_what_was_missing_is_integer() -> None:
 # --- what graphopt would do
 
 
-@registry.register
 @dataclass(frozen=True)
 class _Nearly(base.Pass):
     """Nearly changes every Exp, `times` times, and never does."""
@@ -344,7 +344,6 @@ class _Nearly(base.Pass):
                 yield base.Change(f"{node.name}{turn or ''}", "Nearly", why)
 
 
-@registry.register
 @dataclass(frozen=True)
 class _Fails(base.Pass):
     """Changes something, then raises."""
@@ -356,10 +355,24 @@ class _Fails(base.Pass):
         raise ValueError("on purpose")
 
 
+@dataclass(frozen=True)
+class _SameNames(base.Pass):
+    """Gives all nodes one name, which ORT refuses."""
+
+    name: ClassVar[str] = "test-same-names"
+
+    def run(self, graph: gs.Graph, ctx: base.Context) -> Iterator[base.Change]:
+        for node in graph.nodes:
+            yield base.Change(node.name, "rename", apply=functools.partial(setattr, node, "name", "same"))
+
+
 def with_pipeline(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
     from graphopt import dry_run
     from graphopt.pipeline import Pipeline
 
+    registry.all_passes()  # built-ins register when they are first asked for
+    for cls in (_Nearly, _Fails, _SameNames):  # for this test alone: others go through all that are registered
+        monkeypatch.setitem(registry._passes, cls.name, cls)
     monkeypatch.setattr(dry_run, "default_pipeline", lambda: Pipeline(spec))
 
 
@@ -393,6 +406,14 @@ def test_a_pass_that_fails_is_named_and_its_changes_are_not_promised(monkeypatch
     assert "on purpose" in found.dry_run.failures["test-fails"]
     assert {site.step for site in found.dry_run.changes} == {"eliminate-identity"}
     assert any("test-fails would be rolled back" in line for line in shown(found))
+
+
+def test_a_result_that_ort_refuses_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, "test-same-names")
+    found = run_explain(models.gemm())
+    assert "same node name" in (found.dry_run.result.refused or "")
+    assert found.dry_run.result.timing is None
+    assert any("would be refused" in line for line in shown(found))
 
 
 def test_sites_are_grouped_by_what_they_say() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -106,6 +107,7 @@ def _memory() -> int | None:
         return None
 
 
+@functools.cache  # looked up in the files of the installation, which takes a millisecond each
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

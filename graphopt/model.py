@@ -62,6 +62,12 @@ class Snapshot:
         """About how many bytes the model takes on disk: its structure and its weights."""
         return int(self.proto.ByteSize()) + sum(int(v.nbytes) for v in self.weights)
 
+    def same_as(self, other: Snapshot) -> bool:
+        """Tell whether both hold the same model (weights are compared by identity, then by value)."""
+        if len(self.weights) != len(other.weights) or self.proto != other.proto:
+            return False
+        return all(x is y or _same_values(x, y) for x, y in zip(self.weights, other.weights, strict=True))
+
     def skeleton(self) -> onnx.ModelProto:
         """Return the model with large initializers turned into inputs of their type (for checks and inference).
 
@@ -348,6 +354,11 @@ def from_snapshot(snapshot: Snapshot) -> Model:
     model = Model(shell_of(snapshot.proto, {"graph", "functions"}), graph, functions, snapshot.path)
     model.custom_ops = snapshot.custom_ops
     return model
+
+
+def _same_values(x: Values, y: Values) -> bool:
+    left, right = (v if isinstance(v, np.ndarray) else v.load() for v in (x, y))
+    return bool(left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes())
 
 
 def _put_back(nodes: Iterable[onnx.NodeProto], weights: Sequence[Values]) -> None:

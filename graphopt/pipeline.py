@@ -329,7 +329,7 @@ class Run:
         for graph in self.model.graphs():
             sort_nodes(graph)
         after = self.model.snapshot()
-        same = same_snapshot(self.snapshot, after)
+        same = after.same_as(self.snapshot)
         self.model.settled = self.snapshot if same else after
         self._pending = after
         return not same
@@ -450,19 +450,6 @@ def make_reference(model: Model, samples: Samples | None, settings: Settings) ->
     for mode in reference.modes:  # an original that does not load is the user's to know, not a pass's fault
         reference.session(mode)
     return reference
-
-
-def same_snapshot(a: Snapshot, b: Snapshot) -> bool:
-    """Tell whether two snapshots hold the same model (weights compared by identity, then by value)."""
-    if len(a.weights) != len(b.weights) or a.proto != b.proto:
-        return False
-    return all(x is y or _same_values(x, y) for x, y in zip(a.weights, b.weights, strict=True))
-
-
-def _same_values(x: Any, y: Any) -> bool:
-    left = x.load() if hasattr(x, "load") else x
-    right = y.load() if hasattr(y, "load") else y
-    return bool(left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes())
 
 
 def bisect(

@@ -26,6 +26,7 @@ twice, constants that overflow, scopes.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,6 +210,16 @@ class RulePass(Pass):
             yield from Rewriter(edit, ctx, self.rules).changes()
 
 
+@functools.cache
+def _indexed(rules: tuple[type[Rule], ...]) -> tuple[dict[str, list[type[Rule]]], int]:
+    """Return rules by the operators that they start at, and the depth of the deepest."""
+    index: dict[str, list[type[Rule]]] = {}
+    for rule in rules:
+        for op in dict.fromkeys(r.call.op for r in _roots(rule)):
+            index.setdefault(op, []).append(rule)
+    return index, max((rule.traced.depth() for rule in rules), default=0)
+
+
 class Rewriter:
     """Applies rules to one graph, from a work list indexed by operator.
 
@@ -224,11 +235,7 @@ class Rewriter:
         self.opset = int(edit.graph.opset)
         self.matcher = Matcher(edit)
         self.emitter = Emitter(edit, ctx, initializers=ctx.holds_initializers(edit.graph))
-        self.index: dict[str, list[type[Rule]]] = {}
-        for rule in rules:
-            for op in dict.fromkeys(r.call.op for r in _roots(rule)):
-                self.index.setdefault(op, []).append(rule)
-        self.depth = max((rule.traced.depth() for rule in rules), default=0)
+        self.index, self.depth = _indexed(tuple(rules))
         self.near: dict[tuple[str, int], Change] = {}
         self.repeats: Counter[str] = Counter()
         self.fired: dict[str, list[str]] = {}

@@ -11,12 +11,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_graphsurgeon as gs
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from graphopt.analysis.constants import is_constant
+from graphopt.analysis.min_cut import sink_side
 from graphopt.base import Context
 from graphopt.edit import Edit
 from graphopt.ops import is_standard
@@ -216,7 +214,6 @@ def _minimum_cut(edit: Edit, ctx: Context, region: Region) -> set[int]:
     def add(a: int, b: int, capacity: int) -> None:
         if a != b:
             edges[a, b] = min(edges.get((a, b), 0) + capacity, _NEVER)
-            edges.setdefault((b, a), 0)
 
     for tensor in region.tensors.values():
         price = cost(region, tensor, ctx)
@@ -236,18 +233,5 @@ def _minimum_cut(edit: Edit, ctx: Context, region: Region) -> set[int]:
         add(made, count, price)
         add(count + 1, made, price)
         count += 2
-    return _permuted_side(edges, count, index)
-
-
-def _permuted_side(edges: dict[tuple[int, int], int], count: int, index: dict[int, int]) -> set[int]:
-    """Return the operators that can reach node 1 in the residual graph of a maximum flow from 0 to 1."""
-    if not edges:
-        return set()
-    pairs = np.array(list(edges), np.int32)
-    capacities = np.array(list(edges.values()), np.int32)
-    graph = coo_array((capacities, (pairs[:, 0], pairs[:, 1])), shape=(count, count)).tocsr()
-    residual = (graph - maximum_flow(graph, 0, 1).flow).tocsr()
-    residual.data = np.maximum(residual.data, 0)
-    residual.eliminate_zeros()
-    reached = set(breadth_first_order(residual.T.tocsr(), 1, return_predecessors=False).tolist())
+    reached = sink_side(edges, 0, 1)
     return {key for key, i in index.items() if i in reached}

@@ -10,6 +10,11 @@ What a user waits for is wall time, and each model's own percentiles are of that
 work too, wall time counts that work.  Where one thread does all of the model's work, its processor time is the
 same on an idle machine and keeps out the rest on a busy one (measured with four other jobs on two cores:
 intervals 2–4 % wide instead of 4–14 %), so the ratio is then of that, and the ratio of wall times stands beside it.
+
+With several threads wall time decides.  On a busy machine it may tell nothing (measured: 0.6 to 1.1 for a model against
+itself).  The calling thread takes part in all work and spins while it waits for the others, so its processor time is
+close to the latency on an idle machine (same models: 0.93 to 1.03); `quick_ratio` goes by that where, judged by the
+widths of the two intervals alone, wall time is disturbed.
 """
 
 from __future__ import annotations
@@ -39,19 +44,22 @@ from graphopt.runtime import Feeds, Runnable, Session
 
 __all__ = ["Bench", "ModelTiming", "Plan", "Prepared", "Ratio", "bench", "paired", "prepare", "quick_ratio"]
 
-Clock: TypeAlias = Literal["auto", "wall", "cpu"]
+Clock: TypeAlias = Literal["auto", "wall", "cpu", "steady"]
 
 QUICK_ROUNDS = 6
 """Rounds of a short measurement."""
-
-FEWEST = 6
-"""Measurements of a round that are left, at least, when only the fastest of neighbours count."""
 
 MAX_FEEDS = 16
 """Feeds held in memory while timing; pairs take them in turn."""
 
 _ALONE = 1.2
 """The process may use so many times the processor time of the calling thread before others count as at work."""
+
+STEADY = 0.06
+"""Intervals of wall time that are no wider than this, as a part of the ratio, need no other clock."""
+
+_MUCH = 1.5
+"""So many times wider than that of processor time, an interval of wall time is of a busy machine."""
 
 _SPINNING = {"session.force_spinning_stop": "1"}
 """Threads of one session must not spin while the other runs."""
@@ -69,9 +77,8 @@ class Plan:
         precision: width of the interval (as a part of the ratio) at which to stop; None takes the rounds as given.
         warmup: untimed runs of each session in each round.
         min_time: seconds that one measurement lasts at least; faster models are run several times for it.
-        fastest: of so many neighbouring measurements by wall time the fastest alone counts, where a round has enough of
-            them: what else the machine does makes single runs slower, never faster.
-        clock: whose ratio decides; `auto` is processor time where the calling thread does all the work.
+        clock: whose ratio decides; `auto` is processor time where the calling thread does all the work; `steady` is the
+            same, and with several threads that of the calling thread where wall time is disturbed.
     """
 
     rounds: int = 10
@@ -81,7 +88,6 @@ class Plan:
     precision: float | None = 0.03
     warmup: int = 3
     min_time: float = 0.0005
-    fastest: int = 1
     clock: Clock = "auto"
 
 
@@ -184,19 +190,21 @@ class _Record:
     loads: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     repeat: int = 1
     pairs: int = 0
-    fastest: int = 1
-    clock: Literal["wall", "cpu"] = "wall"
+    clock: Literal["wall", "cpu", "steady"] = "wall"
 
     def ratio(self, confidence: float, seed: int) -> Ratio:
         """Return the ratio by the clock that decides."""
-        rows = self.cpu if self.clock == "cpu" else tuple([_fastest(r, self.fastest) for r in m] for m in self.wall)
-        return replace(paired(*rows, confidence=confidence, seed=seed), conditions={"clock": self.clock})
+        if self.clock == "cpu":
+            return self._by("cpu", confidence, seed)
+        wall = self._by("wall", confidence, seed)
+        if self.clock == "wall" or wall.width <= STEADY:
+            return wall
+        cpu = self._by("cpu", confidence, seed)
+        return cpu if wall.width > _MUCH * cpu.width else wall
 
-
-def _fastest(row: Times, of: int) -> Times:
-    """Return the least of each `of` neighbours; of fewer where less than `FEWEST` would be left."""
-    blocks = len(row) // max(1, min(of, len(row) // FEWEST))
-    return np.array([block.min() for block in np.array_split(row, blocks)]) if blocks else row
+    def _by(self, clock: Literal["wall", "cpu"], confidence: float, seed: int) -> Ratio:
+        found = paired(*(self.cpu if clock == "cpu" else self.wall), confidence=confidence, seed=seed)
+        return replace(found, conditions={"clock": clock})
 
 
 def bench(
@@ -279,7 +287,7 @@ def quick_ratio(
     """
     plan = Plan(
         rounds=QUICK_ROUNDS, least_rounds=4, round_seconds=budget_s / QUICK_ROUNDS, precision=None,
-        max_seconds=3 * budget_s + 1.0, fastest=5,
+        max_seconds=3 * budget_s + 1.0, clock="steady",
     )  # fmt: skip
     feeds, _ = _feeds(a, samples, seed)
     custom_ops = tuple(dict.fromkeys((*custom_ops, *custom_libraries(a, b))))
@@ -304,7 +312,7 @@ class _Timer:
 
     def run(self, confidence: float) -> _Record:
         """Return the timings of all rounds; the number of rounds doubles until the interval is narrow."""
-        record = _Record(fastest=self.plan.fastest)
+        record = _Record()
         deadline = time.perf_counter() + self.plan.max_seconds
         wanted = self.plan.rounds
         while True:
@@ -348,13 +356,15 @@ class _Timer:
             record.wall[i].append(times[i, 0])
             record.cpu[i].append(times[i, 1])
 
-    def _clock(self, calls: Sequence[Sequence[Callable[[], object]]]) -> Literal["wall", "cpu"]:
+    def _clock(self, calls: Sequence[Sequence[Callable[[], object]]]) -> Literal["wall", "cpu", "steady"]:
         """Return the clock that decides: processor time where nobody but this thread works on the model."""
-        if self.plan.clock != "auto":
+        if self.plan.clock in ("wall", "cpu"):
             return self.plan.clock
         # Windows counts a thread's time in ticks of 16 ms
-        if self.threads != 1 or self.provider != "cpu" or sys.platform == "win32":
+        if self.provider != "cpu" or sys.platform == "win32":
             return "wall"
+        if self.threads != 1:
+            return "steady" if self.plan.clock == "steady" else "wall"
         own, process = time.thread_time(), time.process_time()
         for call, _ in itertools.product(calls, range(3)):
             call[0]()

@@ -190,6 +190,22 @@ def test_processor_time_decides_where_one_thread_does_the_work(path: Path) -> No
     assert clock(replace(short, clock="wall")) == "wall"
 
 
+def test_wall_time_decides_with_several_threads_unless_it_is_disturbed() -> None:
+    rng = np.random.default_rng(0)
+    calm = [np.full(8, 1.0) * np.exp(0.01 * rng.standard_normal(8)) for _ in range(6)]
+    rough = [np.exp(0.5 * rng.standard_normal(8)) for _ in range(6)]
+    halved = [row / 2 for row in calm]
+
+    def clock(wall: Any, cpu: Any, kind: Any = "steady") -> Any:
+        found = _Record(wall=(calm, wall), cpu=(calm, cpu), clock=kind).ratio(0.95, 0)
+        return found.conditions["clock"], round(found.median, 1)
+
+    assert clock(halved, calm) == ("wall", 0.5)
+    assert clock(rough, halved) == ("cpu", 0.5)
+    assert clock(rough, rough)[0] == "wall"  # as wide as the other: nothing is gained
+    assert clock(rough, halved, "wall")[0] == "wall"
+
+
 def test_waiting_is_not_processor_time() -> None:
     wall, cpu = _seconds(lambda: time.sleep(0.02), 2)
     assert wall >= 0.02

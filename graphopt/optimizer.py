@@ -29,13 +29,14 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 DEFAULT_OPSET = 17
 
 CLEANUP = (
-    "canonicalize, fold-constants, simplify-shapes, fold-if, hoist-loop-invariants, eliminate-identity, "
-    "fuse-activations, fuse-gelu, fold-affine, expand-einsum, fuse-convs, fuse-linear, merge-parallel, "
-    "sink-transposes, hoist-slices, fuse-movement, fuse-parts, eliminate-casts, eliminate-common, eliminate-dead"
+    "canonicalize, fold-constants, unpack-sequences, simplify-shapes, fold-if, hoist-loop-invariants, "
+    "eliminate-identity, fuse-activations, fuse-gelu, fold-affine, expand-einsum, fuse-convs, fuse-linear, "
+    "merge-parallel, sink-transposes, hoist-slices, fuse-movement, fuse-parts, eliminate-casts, "
+    "eliminate-common, eliminate-dead"
 )
 """The canonical stage, repeated until it changes nothing."""
 
-LOWERING = "lower-affine, lower-activations"
+LOWERING = "lower-affine, lower-activations, lower-softmax"
 """The lowering stage: once, after the canonical one.  Its passes look at the target."""
 
 BUDGET = 30.0

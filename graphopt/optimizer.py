@@ -28,15 +28,42 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
 DEFAULT_OPSET = 17
 
-CLEANUP = (
-    "canonicalize, fold-constants, unpack-sequences, simplify-shapes, fold-if, hoist-loop-invariants, "
-    "eliminate-identity, fuse-activations, fuse-gelu, fold-affine, expand-einsum, fuse-convs, fuse-linear, "
-    "merge-parallel, sink-transposes, hoist-slices, fuse-movement, fuse-parts, eliminate-casts, "
-    "eliminate-common, eliminate-dead"
+CLEANUP = ", ".join(
+    (
+        "canonicalize",
+        "fold-constants",
+        "unpack-sequences",
+        "simplify-shapes",
+        "fold-if",
+        "hoist-loop-invariants",
+        "eliminate-identity",
+        "fuse-activations",
+        "fuse-gelu",
+        "fold-affine",
+        "expand-einsum",
+        "fuse-convs",
+        "fuse-linear",
+        "merge-parallel",
+        "sink-transposes",
+        "hoist-slices",
+        "fuse-movement",
+        "fuse-parts",
+        "eliminate-casts",
+        "eliminate-common",
+        "eliminate-dead",
+    )
 )
 """The canonical stage, repeated until it changes nothing."""
 
-LOWERING = "lower-affine, lower-activations, lower-softmax"
+LOWERING = ", ".join(
+    (
+        "lower-conv1d",
+        "lower-affine",
+        "lower-activations",
+        "lower-softmax",
+        "flush-denormals",
+    )
+)
 """The lowering stage: once, after the canonical one.  Its passes look at the target."""
 
 BUDGET = 30.0

@@ -7,7 +7,7 @@
     Resize(x, sizes=[n, c, 2*h, 2*w])                  ->  Resize(x, scales=[1, 1, 2, 2])
 
 A Reshape to -1 fails where another axis that its target names is empty.  So -1 is only put where the others are
-surely not empty, or where the computed target had it, too.
+surely not empty, or where the computed target had it, too (and no `allowzero`, with which ORT takes both).
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def constant_target(source: Sequence[Size] | None, target: Sequence[Any], *, all
         return f"axes {missing} of its target are sizes that the input does not have there"
     if missing and not nonempty:
         return f"axis {missing[0]} of its target would become -1, which fails where another axis is empty"
+    if allowzero and -1 in found and not nonempty:
+        return "with allowzero its -1 holds beside an empty axis, which a copied one does not"
     return [-1 if wanted is None else wanted for wanted in found]
 
 

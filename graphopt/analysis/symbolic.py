@@ -19,6 +19,7 @@ from graphopt.analysis import onnx_inference, symbolic_shapes, symbolic_values
 from graphopt.analysis.constants import refers
 from graphopt.analysis.facts import UNKNOWN, Fact, Site, of_constant
 from graphopt.analysis.symbolic_expr import Expr, Size, TooComplexError, symbol
+from graphopt.analysis.symbolic_layers import needed_sizes
 from graphopt.model import Model
 from graphopt.ops import is_standard
 
@@ -44,7 +45,19 @@ class Symbolic:
         self._made: Counter[str] = Counter()
         self._base = ""
         self._opset = int(model.opset)
-        self._inputs(model, inputs or {})
+        self._low: dict[str, int] = {}
+        self._always = False
+        self._in_doubt = False
+        self._walk(model, inputs or {})
+        if self._low and self._in_doubt:
+            self._walk(model, inputs or {})
+
+    def _walk(self, model: Model, inputs: Mapping[str, Sequence[int]]) -> None:
+        """Find all facts; a second time where the layers asked for sizes that decide what was left open."""
+        self._facts.clear()
+        self._made.clear()
+        self._main = model.graph
+        self._inputs(model, inputs)
         self._graph(model.graph)
 
     def of(self, tensor: gs.Tensor) -> Fact:
@@ -65,6 +78,10 @@ class Symbolic:
         self._made[self._base] += 1
         return symbol(f"{self._base}?{self._made[self._base]}")
 
+    def _axis(self, name: str) -> Expr:
+        """Return an axis of an input, with what the layers ask of it."""
+        return symbol(name, self._low.get(name, 0))
+
     def _inputs(self, model: Model, given: Mapping[str, Sequence[int]]) -> None:
         names = Counter(d for t in model.graph.inputs for d in (t.shape or ()) if isinstance(d, str))
         for place, tensor in enumerate(model.graph.inputs):
@@ -73,12 +90,16 @@ class Symbolic:
                 shape = tuple(int(d) for d in given[tensor.name])
             elif tensor.shape is not None:
                 dims = enumerate(tensor.shape)
-                shape = tuple(_axis(d, tensor.name, place, axis, names) for axis, d in dims)
+                shape = tuple(
+                    d if isinstance(d, int) and d >= 0 else self._axis(_axis_name(d, tensor.name, place, axis, names))
+                    for axis, d in dims
+                )
             self._keep(tensor, Fact(None if tensor.dtype is None else np.dtype(tensor.dtype), shape))
 
     def _graph(self, graph: gs.Graph) -> None:
         opset = int(graph.opset or self._opset)
         for node in graph.nodes:
+            self._always = graph is self._main
             self._base = _plain(next((t.name for t in node.outputs if t.name), ""))
             try:
                 found = self._node(node, opset)
@@ -106,6 +127,8 @@ class Symbolic:
     def _by_rule(self, site: Site) -> Sequence[Fact]:
         rule = symbolic_shapes.RULES.get(site.node.op)
         found = rule(site) if rule is not None else None
+        for name, least in needed_sizes(site) if self._always else ():
+            self._low[name] = max(least, self._low.get(name, 0))
         if found is None:
             return onnx_inference.infer(site.node, site.opset, site.inputs, self.fresh)
         values = symbolic_values.RULES.get(site.node.op)
@@ -117,6 +140,7 @@ class Symbolic:
         known = values(site, first)
         assert first.dtype is not None
         if known is not None and known.shape == first.static:
+            self._in_doubt |= None in known.flat and all(f.values is not None for f in site.inputs)
             found[0] = Fact(first.dtype, first.shape, symbolic_values.within(known, first.dtype))
         return found
 
@@ -193,23 +217,42 @@ class Symbolic:
     def _settled(
         self, body: gs.Graph, first: Sequence[Fact], initial: Sequence[Fact], *, skipped: int, rows: Sequence[Fact] = ()
     ) -> Sequence[Fact]:
-        """Look at a body until what it returns is as what it was given; return its variables."""
+        """Look at a body until what it returns has the shapes that it was given; return its variables.
+
+        An axis that a step changes becomes a symbol: its size in the step that is looked at.
+        """
         states = [Fact(f.dtype, f.shape) for f in initial]
-        for _ in range(_MOST_ROUNDS):
+        opened: set[Size] = set()
+        for last in (*[False] * _MOST_ROUNDS, True):
+            if last:
+                states = [Fact(f.dtype) for f in initial]
             for tensor, fact in zip(body.inputs, (*first, *states, *rows), strict=False):
                 self._keep(tensor, fact)
             self._graph(body)
             after = [self.of(t) for t in body.outputs[skipped : skipped + len(states)]]
-            if all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(states, after, strict=True)):
-                return states
-            pairs = zip(states, after, strict=True)
-            states = [a if a.shape == b.shape and a.dtype == b.dtype else self.joined([a, Fact(b.dtype, b.shape)])
-                      for a, b in pairs]  # fmt: skip
-        states = [Fact(f.dtype) for f in initial]
-        for tensor, fact in zip(body.inputs, (*first, *states, *rows), strict=False):
-            self._keep(tensor, fact)
-        self._graph(body)
-        return states
+            wider = [self._widened(a, b, opened) for a, b in zip(states, after, strict=True)]
+            if wider == states:
+                break
+            states = wider
+        return [self._left(fact, opened) for fact in states]
+
+    def _widened(self, given: Fact, returned: Fact, opened: set[Size]) -> Fact:
+        """Return what holds of a loop's variable before and after a step."""
+        dtype = given.dtype if given.dtype == returned.dtype else None
+        if given.shape is None or returned.shape is None or len(given.shape) != len(returned.shape):
+            return Fact(dtype)
+        sizes = list(given.shape)
+        for axis, (a, b) in enumerate(zip(given.shape, returned.shape, strict=True)):
+            if a != b and a not in opened:
+                sizes[axis] = self.fresh()
+                opened.add(sizes[axis])
+        return Fact(dtype, tuple(sizes))
+
+    def _left(self, fact: Fact, opened: set[Size]) -> Fact:
+        """Return a variable as the last step leaves it."""
+        if fact.shape is None:
+            return fact
+        return Fact(fact.dtype, tuple(self.fresh() if size in opened else size for size in fact.shape))
 
     def _stacked(self, fact: Fact, axis: int, length: Size, *, certain: bool) -> Fact:
         """Return the fact of rows put together along a new axis; `certain`: there is a row for each step."""
@@ -220,13 +263,11 @@ class Symbolic:
         return Fact(fact.dtype, tuple(sizes))
 
 
-def _axis(dim: object, name: str, place: int, axis: int, names: Counter[str]) -> Size:
-    """Return an input's axis: a number, or a symbol that is called as in the file where that is unmistakable."""
-    if isinstance(dim, int) and dim >= 0:
-        return int(dim)
+def _axis_name(dim: object, name: str, place: int, axis: int, names: Counter[str]) -> str:
+    """Return what an open axis of an input is called: as in the file where that is unmistakable."""
     if isinstance(dim, str) and names[dim] == 1 and _plain(dim):
-        return symbol(dim)
-    return symbol(f"{_plain(name) or place}[{axis}]")
+        return dim
+    return f"{_plain(name) or place}[{axis}]"
 
 
 def _plain(name: str) -> str:

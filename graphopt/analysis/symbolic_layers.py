@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
 from graphopt.analysis.facts import Fact, Shape, Site
 from graphopt.analysis.symbolic_expr import (
+    Expr,
     Size,
     add,
     broadcast,
@@ -98,6 +99,21 @@ def _conv(site: Site) -> Facts:
         return None
     sizes = _slid(site, x[2:], kernel)
     return None if sizes is None else first_like(site, (x[0], w[0], *sizes))
+
+
+def needed_sizes(site: Site) -> Iterator[tuple[str, int]]:
+    """Yield symbols and the least that they must be for ORT to run a Conv: a window fits into its padded input."""
+    x, w = site.shape(), site.shape(1)
+    kernel = _numbers(w[2:]) if site.node.op == "Conv" and w is not None else None
+    if x is None or kernel is None or len(x) != len(kernel) + 2:
+        return
+    same = site.attr("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
+    for size, (extent, _, before, after) in zip(x[2:], _window(site, kernel), strict=True):
+        least = 1 if same else extent - before - after
+        terms = dict(size.terms) if isinstance(size, Expr) else {}
+        least -= terms.pop((), 0)
+        if least > 0 and list(terms.values()) == [1] and len(next(iter(terms))) == 1:
+            yield next(iter(terms))[0].name, least
 
 
 def _numbers(sizes: Sequence[Size]) -> list[int] | None:

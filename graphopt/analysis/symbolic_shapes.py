@@ -71,6 +71,11 @@ def _cast(site: Site) -> Facts:
     return first_like(site, site.shape(), numpy_dtype(target)) if isinstance(target, int) else None
 
 
+def _cast_like(site: Site) -> Facts:
+    dtype = site.fact(1).dtype
+    return None if dtype is None else first_like(site, site.shape(), dtype)
+
+
 def _shape(site: Site) -> Facts:
     shape = site.shape()
     if shape is None:
@@ -461,6 +466,7 @@ RULES: Mapping[str, Rule] = {
         _reduce,
     ),
     **dict.fromkeys(("ArgMax", "ArgMin"), _arg),
+    "CastLike": _cast_like,
     "Where": _where, "Cast": _cast, "Shape": _shape, "Size": _size, "Transpose": _transpose, "Concat": _concat,
     "Split": _split, "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze,
     "Gather": _gather, "GatherElements": _as_second, "Slice": _slice, "Expand": _expand, "Tile": _tile, "Pad": _pad,

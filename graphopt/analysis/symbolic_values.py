@@ -351,6 +351,7 @@ RULES: Mapping[str, Rule] = {
     "Equal": _compared(equal), "Less": _compared(less), "Greater": _compared(lambda a, b: less(b, a)),
     "LessOrEqual": _compared(_not_above), "GreaterOrEqual": _compared(lambda a, b: _not_above(b, a)),
     "And": _logical(decides=False), "Or": _logical(decides=True), "Not": _of_each(operator.not_),
+    "CastLike": _cast,
     "Where": _where, "Cast": _cast, "Shape": _shape, "Size": _size, "Transpose": _transpose, "Gather": _gather,
     "Slice": _slice, "Concat": _concat, "Expand": _expand, "Tile": _tile, "ConstantOfShape": _constant_of_shape,
     "Range": _range, "ReduceProd": _reduced(_product), "ReduceSum": _reduced(_total(add)),

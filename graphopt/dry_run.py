@@ -181,7 +181,7 @@ def grouped(sites: Sequence[Site], names: Collection[str] = (), *, reasons: bool
     groups: dict[tuple[str, str, str], list[Site]] = defaultdict(list)
     for site in sites:
         why = _NUMBER.sub("N", _plain(site.why, names)) if reasons else ""
-        groups[site.step, _plain(site.what, names), why].append(site)
+        groups[site.step, _plain(site.what, ()), why].append(site)
     found = [
         Group(step, one[0].what if len(one) == 1 else what, why, one[0].why, tuple(site.where for site in one))
         for (step, what, why), one in groups.items()

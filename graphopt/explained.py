@@ -15,16 +15,16 @@ from graphopt.dry_run import by_step
 from graphopt.explain import Explanation, MoveRow, NodeRow
 from graphopt.tables import grid, lines, milliseconds
 
-OPS, MOVES, FLOATS, SLOWEST, CHANGES, MISSES = 12, 6, 6, 6, 6, 8
+OPS, MOVES, FLOATS, SLOWEST, CHANGES, MISSES = 10, 5, 5, 6, 6, 6
 """Rows of each table where not all are shown."""
 
 UNPLACED = 0.005
 """Share of the time that may be left out without a word."""
 
-NAMED = 3
+NAMED = 2
 """Nodes named in one row."""
 
-WIDE = 60
+WIDE = 44
 """Characters of a name, a longer one loses its middle."""
 
 
@@ -73,9 +73,10 @@ def _layout_line(found: Explanation) -> list[str]:
     if not found.blocked_kernels:
         return ["layout  no kernel runs in the blocked layout (NCHWc)"] if found.readable else []
     count, share = found.reorders
+    kernels = sum(found.ops_after.values())
     moved = f"{count} reorder{'s' if count != 1 else ''} in and out of it take {_percent(share)}"
     outside = f"elementwise kernels outside it {_percent(found.elementwise_outside or 0.0)}"
-    return [f"layout  {found.blocked_kernels} kernels in the blocked layout (NCHWc); {moved}, {outside}"]
+    return [f"layout  {found.blocked_kernels} of {kernels} kernels in the blocked layout (NCHWc); {moved}, {outside}"]
 
 
 def _promise(found: Explanation) -> list[str]:
@@ -182,7 +183,12 @@ def _changes(found: Explanation, everything: bool) -> list[RenderableType]:
     if run.changes:
         counts = ", ".join(f"{step} {count}" for step, count in by_step(run.changes).items())
         rows = [
-            {"pass": g.step, "changes": g.count, "what": g.what, "such as": _names(g.places, everything)}
+            {
+                "pass": g.step,
+                "changes": g.count,
+                "what": re.sub(r"\s+", " ", g.what),
+                "such as": _names(g.places, everything),
+            }
             for g in run.changed()
         ]
         parts += _section(
@@ -197,13 +203,18 @@ def _changes(found: Explanation, everything: bool) -> list[RenderableType]:
 def _misses(found: Explanation, everything: bool) -> list[RenderableType]:
     rows = [
         {
-            "pass": g.step, "sites": g.count, "what": g.what,
+            "pass": g.step, "sites": g.count, "what": _briefly(g.what, everything),
             "blocked by": g.example if g.count == 1 else g.why, "such as": _names(g.places, everything),
         }
         for g in found.dry_run.missed()
     ]  # fmt: skip
     columns = ("pass", "sites", "what", "blocked by", "such as")
     return _section("near misses", columns, rows, MISSES, everything, numeric=("sites",))
+
+
+def _briefly(what: str, everything: bool) -> str:
+    """Return a rule by its name, where not all is shown with its algebra."""
+    return re.sub(r"\s+", " ", what) if everything else re.sub(r"^(\w+): .*", r"\1", what, flags=re.DOTALL)
 
 
 def _section(

@@ -57,6 +57,7 @@ CLEANUP = ", ".join(
 
 LOWERING = ", ".join(
     (
+        "lower-pools",
         "lower-conv1d",
         "lower-affine",
         "lower-activations",

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 _LITERAL = 4096
 """Elements of constants that are compared by value."""
 
+_CLOSE = 1e-6
+"""Numbers in attributes are equal to this part: files have them in single precision."""
+
 
 @dataclass
 class Bindings:
@@ -266,10 +269,12 @@ def _equal(found: Any, wanted: Any) -> bool:
         found = found.decode("utf-8", "replace")
     if isinstance(wanted, str) or isinstance(found, str):
         return bool(found == wanted)
+    if isinstance(found, int | float) and isinstance(wanted, int | float):  # most are, and NumPy takes long
+        return found == wanted or abs(found - wanted) <= _CLOSE * abs(wanted)
     left, right = np.asarray(found), np.asarray(wanted)
     if left.size == right.size == 1:
         left, right = left.reshape(()), right.reshape(())
-    return left.shape == right.shape and bool(np.allclose(left, right, rtol=1e-6, atol=0))
+    return left.shape == right.shape and bool(np.allclose(left, right, rtol=_CLOSE, atol=0))
 
 
 def is_number(tensor: gs.Tensor, number: float | int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
+from google.protobuf.descriptor import FieldDescriptor
 
 from graphopt.errors import ModelError, did_you_mean
 from graphopt.importer import opset_of
@@ -22,6 +23,7 @@ EXPERIMENTS = frozenset(
 """Experimental operators of opsets 1 to 9: gone from ONNX's tables, but runtimes still know most of them."""
 
 _MAX_DEPTH = 100  # of messages in each other: protobuf's own limit when it reads a file
+_STRING = FieldDescriptor.TYPE_STRING
 _LATEST_IR = max(v for k, v in onnx.Version.items() if k.startswith("IR_VERSION"))
 
 
@@ -60,10 +62,9 @@ def _check_fields(proto: onnx.ModelProto, where: str) -> None:
         if depth > _MAX_DEPTH:
             raise ModelError("subgraphs are nested too deeply", at=where, hint="no file could hold this model")
         for descriptor, value in message.ListFields():
-            values = value if descriptor.is_repeated else (value,)
             if descriptor.message_type is not None:
-                stack.extend((v, depth + 1) for v in values)
-            elif descriptor.type == descriptor.TYPE_STRING and any(isinstance(v, bytes) for v in values):
+                stack += [(v, depth + 1) for v in value] if descriptor.is_repeated else [(value, depth + 1)]
+            elif descriptor.type == _STRING and bytes in map(type, value if descriptor.is_repeated else (value,)):
                 raise ModelError(
                     f"text that is not UTF-8 in field '{descriptor.name}'", at=where, hint="the file is damaged"
                 )

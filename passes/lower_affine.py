@@ -25,6 +25,7 @@ from graphopt.errors import SpecError
 from graphopt.ops import BLOCKED, BLOCKED_THROUGH, is_standard
 from graphopt.registry import register
 
+from . import affine_weights
 from .affine_search import chain_dtype, fits_type
 from .affine_site import AffineSite, norm_node
 
@@ -45,8 +46,8 @@ class LowerAffine(Pass):
     """Write scales and shifts between convolutions as BatchNormalization, depthwise Conv or a constant-valued Pad.
 
     Exact up to roundings, keeps the signature.  Only on the CPU provider, for float32 tensors of rank 4 whose
-    channels are a multiple of 4, between operators that ORT runs in its blocked layout; `pad` only for a
-    shift that nothing but padded Convs read.
+    channels are a multiple of 4, between operators that ORT runs in its blocked layout.  `pad` is for one shift of
+    all channels that nothing but padded Convs read; everything else becomes a BatchNormalization there, too.
     """
 
     name: ClassVar[str] = "lower-affine"
@@ -92,6 +93,9 @@ def _pair(site: AffineSite, node: gs.Node, given: Affine) -> tuple[list[gs.Node]
 
 def _lowered(site: AffineSite, chain: list[gs.Node], whole: Affine, form: str) -> Change:
     x, out = site.source(chain[0]), chain[-1].outputs[0]
+    if form == "pad" and (padded := _padded(site, chain, whole)) is not None:
+        return padded
+    form = "depthwise" if form == "depthwise" else "batchnorm"
     what = f"{', '.join(n.op for n in chain)} -> {form}"
     size, dtype = site.size(x, 1), chain_dtype(site, chain)
     both = whole.vectors(1, size) if size is not None and site.rank(x) == 4 else None
@@ -110,6 +114,55 @@ def _lowered(site: AffineSite, chain: list[gs.Node], whole: Affine, form: str) -
             site.edit.remove(node)
 
     return Change(label(chain[-1]), what, "it stays in the blocked layout", apply)
+
+
+def _padded(site: AffineSite, chain: list[gs.Node], whole: Affine) -> Change | None:
+    """Return the change that puts a shift into the Convs that read it, and its negative into their padding."""
+    x, out = site.source(chain[0]), chain[-1].outputs[0]
+    convs = site.edit.consumers(out)
+    if whole.scales or not whole.uniform or site.edit.is_output(out) or site.opset < 11 or not convs:
+        return None
+    if chain_dtype(site, chain) != np.float32 or not all(_takes_shift(site, c, out, whole) for c in convs):
+        return None
+
+    def apply() -> None:
+        value = site.constant(f"{out.name}/edge", (-whole.shift).astype(np.float32))
+        for conv in convs:
+            site.edit.insert_after(chain[-1], [_pad_apart(site, conv, x, value)])
+            ways = affine_weights.FORE["Conv"](site, conv, 0, whole)
+            assert not isinstance(ways, str)
+            assert ways[0].do is not None
+            ways[0].do()
+        for node in chain:
+            site.edit.remove(node)
+
+    return Change(label(chain[-1]), f"{', '.join(n.op for n in chain)} -> pad", "only padded Convs read it", apply)
+
+
+def _takes_shift(site: AffineSite, conv: gs.Node, out: gs.Tensor, whole: Affine) -> bool:
+    """Tell whether a reader is a Conv, padded by given numbers of zeros, that could take the shift without them."""
+    if not is_standard(conv, "Conv") or not site.edit.is_local(conv) or sum(t is out for t in conv.inputs) != 1:
+        return False
+    pads = [int(p) for p in conv.attrs.get("pads", ())]
+    if conv.inputs[0] is not out or not any(pads) or str(conv.attrs.get("auto_pad", "NOTSET")) != "NOTSET":
+        return False
+    record = affine_weights.linear(site, conv, affine_weights.Conv)
+    if isinstance(record, str):
+        return False
+    shift = np.full(record.inputs, float(whole.shift))
+    return record.why_not(np.ones(record.inputs), record.added(shift)) is None
+
+
+def _pad_apart(site: AffineSite, conv: gs.Node, x: gs.Tensor, value: gs.Tensor) -> gs.Node:
+    """Return a Pad with a value that does the padding of a Conv from now on."""
+    pads = [int(p) for p in conv.attrs.pop("pads")]
+    half = len(pads) // 2
+    amounts = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+    wide = gs.Variable(site.ctx.fresh_name(f"{x.name}/padded"), dtype=x.dtype)
+    name = site.ctx.fresh_name(f"{label(conv)}/pad")
+    pad = make_node("Pad", [x, site.constant(f"{wide.name}/amounts", amounts), value], [wide], name=name, like=[conv])
+    site.edit.set_input(conv, 0, wide)
+    return pad
 
 
 def _norm(site: AffineSite, chain: list[gs.Node], both: tuple[Array, Array], x: gs.Tensor, out: gs.Tensor) -> gs.Node:

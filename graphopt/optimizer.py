@@ -39,6 +39,8 @@ CLEANUP = ", ".join(
         "eliminate-identity",
         "fuse-activations",
         "fuse-gelu",
+        "fuse-softmax",
+        "fuse-normalization",
         "fold-affine",
         "expand-einsum",
         "fuse-convs",
@@ -57,8 +59,8 @@ CLEANUP = ", ".join(
 
 LOWERING = ", ".join(
     (
-        "lower-pools",
         "lower-conv1d",
+        "lower-pools",
         "lower-affine",
         "lower-activations",
         "lower-softmax",

@@ -161,20 +161,38 @@ class _Lift:
             assert lifted is not None
             for tensor in self._tensors(node):
                 if id(tensor) not in made:
-                    made[id(tensor)] = self._squeezing("Unsqueeze", tensor, new)
+                    maker = tensor.inputs[0] if tensor.inputs else None
+                    known = maker is not None and self._moves(maker, "Squeeze")
+                    made[id(tensor)] = maker.inputs[0] if known else self._squeezing("Unsqueeze", tensor, new)
             inputs = [made.get(id(t), lifted.inputs.get(i, t)) for i, t in enumerate(node.inputs)]
             output = gs.Variable(self.ctx.fresh_name(f"{node.outputs[0].name}/2d"), node.outputs[0].dtype)
             made[id(node.outputs[0])] = output
             new.append(make_node(node.op, inputs, [output], lifted.attrs, name=node.name, like=[node]))
         for node in region:
             tensor = node.outputs[0]
-            outside = [n for n in self.edit.consumers(tensor) if id(n) not in inside]
+            outside = [n for n in self.edit.consumers(tensor) if id(n) not in inside and not self._cancels(n, made)]
             if outside or self.edit.is_output(tensor):
                 flat = self._squeezing("Squeeze", made[id(tensor)], new)
                 self.edit.hand_over(new[-1], flat, tensor)
         self.edit.insert_after(region[-1], new)
         for node in region:
             self.edit.remove(node)
+
+    def _moves(self, node: gs.Node, op: str) -> bool:
+        """Tell whether a node takes away, or adds, the very axis."""
+        if not is_standard(node, op) or not self.edit.is_local(node) or self.edit.removed(node):
+            return False
+        axes = parameter(node, "axes", self.opset)
+        return isinstance(axes, np.ndarray) and axes.reshape(-1).tolist() == [AXIS]
+
+    def _cancels(self, node: gs.Node, made: Mapping[int, gs.Tensor]) -> bool:
+        """Take out a node that only adds the new axis itself; tell whether that was so."""
+        if not self._moves(node, "Unsqueeze") or self._rank(node.inputs[0]) != 3:
+            return False
+        gone = self.edit.bypass(node.outputs[0], made[id(node.inputs[0])])
+        if gone:
+            self.edit.remove(node)
+        return gone
 
     def _squeezing(self, op: str, tensor: gs.Tensor, new: list[gs.Node]) -> gs.Tensor:
         output = gs.Variable(self.ctx.fresh_name(f"{tensor.name}/{op}"), tensor.dtype)

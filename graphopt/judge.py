@@ -135,6 +135,7 @@ class Judge:
         conditions: every comparison is made under each of them.
         deadline: `time.monotonic()` by which looks should have ended.
         progress: takes a short sentence about what is going on.
+        overhead: seconds that a look took beyond what it was given, the last time: loading, mostly.
     """
 
     conditions: tuple[Condition, ...]
@@ -143,6 +144,7 @@ class Judge:
     folder: Path
     deadline: float
     progress: Progress = print
+    overhead: float = 0.5
     _count: int = 0
 
     def candidate(self, model: Model) -> Candidate:
@@ -173,7 +175,9 @@ class Judge:
         found = Comparison()
         for number, seconds in enumerate(looks):
             found = Comparison({c.label: self._look(a, b, c, seconds, confidence, what) for c in self.conditions})
-            if decided(found) or (number + 1 < len(looks) and self.left < looks[number + 1] * len(self.conditions)):
+            if decided(found) or number + 1 == len(looks):
+                break
+            if self.left < (looks[number + 1] + self.overhead) * len(self.conditions):
                 break
         return found
 
@@ -182,10 +186,13 @@ class Judge:
     ) -> Ratio:
         self.progress(f"timing {what}, {condition.label}")
         libraries = dict.fromkeys((*a.model.custom_ops, *b.model.custom_ops))
-        return quick_ratio(
+        begun = time.monotonic()
+        found = quick_ratio(
             a.path, b.path, condition.feeds, budget_s=seconds, threads=condition.threads, provider=self.provider,
             seed=self.seed, confidence=confidence, custom_ops=tuple(libraries),
         )  # fmt: skip
+        self.overhead = max(0.0, time.monotonic() - begun - seconds)
+        return found
 
 
 @contextlib.contextmanager

@@ -116,6 +116,7 @@ class Search:
         passes = [p for p in optional_passes(self.pipeline) if not p.default_on or self._sites(self.result, p.name)]
         if not passes:
             return self.selection
+        passes.sort(key=lambda p: (p.default_on, p.stage != "lowering"))  # the most doubtful first: time may run out
         self._pending = sum(1 + len(self._variants(p)) for p in passes)
         self._confidence = shared(self._pending + PARTS)
         self._current = self.judge.candidate(self.result.model)
@@ -218,7 +219,8 @@ class Search:
 
     def _alternative(self, selection: Selection, family: Family) -> tuple[Selection, Candidate, Result] | None:
         """Run another selection; None where no time is left for that."""
-        if self.judge.left < max(sum(r.seconds for r in self.result.report.passes), SHORTEST):
+        looking = (SHORTEST + self.judge.overhead) * len(self.judge.conditions)
+        if self.judge.left < looking + sum(r.seconds for r in self.result.report.passes):
             family.reason = family.reason or "not measured: no time was left"
             return None
         self.judge.progress(f"running without or with {family.name}")
@@ -236,8 +238,15 @@ class Search:
 
     def _compare(self, a: Candidate, b: Candidate, what: str) -> Comparison:
         share = self.judge.left / (max(1, self._pending + 1) * len(self.judge.conditions))
-        looks = [min(LONGEST, max(SHORTEST, part * share)) for part in (0.2, 0.6)]
-        return self.judge.compare(a, b, what, looks, _decided, self._confidence)
+        return self.judge.compare(a, b, what, _looks(share, self.judge.overhead), _decided, self._confidence)
+
+
+def _looks(share: float, overhead: float) -> list[float]:
+    """Return the seconds of one look or two, in which a share of the time is used; each look has its overhead."""
+    net = share - overhead
+    if net < 2 * SHORTEST + overhead:
+        return [min(LONGEST, max(SHORTEST, net))]
+    return [min(LONGEST, net / 3), min(LONGEST, max(SHORTEST, net * 2 / 3 - overhead))]
 
 
 def _decided(found: Comparison) -> bool:

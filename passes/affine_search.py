@@ -20,15 +20,15 @@ from graphopt.edit import label, replace_output, replace_uses
 from graphopt.ops import is_standard
 from graphopt.tensors import is_float
 
-from . import affine_flow, affine_weights
+from . import affine_flow, affine_joins, affine_weights
 from .affine_rule import Carried, Found, Rule
 from .affine_site import MANY, SHARED_BYTES, AffineSite
 
 BUDGET = 96
 """Rules that are asked for one plan."""
 
-BACK: dict[str, Rule] = {**affine_flow.BACK, **affine_weights.BACK}
-FORE: dict[str, Rule] = {**affine_flow.FORE, **affine_weights.FORE}
+BACK: dict[str, Rule] = {**affine_flow.BACK, **affine_joins.BACK, **affine_weights.BACK}
+FORE: dict[str, Rule] = {**affine_flow.FORE, **affine_joins.FORE, **affine_weights.FORE}
 
 HALF = 16.0
 """Factor by which values of 16-bit types may grow or shrink on the way."""

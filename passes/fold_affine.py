@@ -7,7 +7,7 @@
     x + x * s,  x * s + x            ->  x * (s + 1)                     s smaller than x
 
 A chain of maps is one map.  It goes backward into what makes its input, else forward into all that read its
-output, through operators that it commutes with (`affine_flow`), into operators with constant weights
+output, through operators that it commutes with (`affine_flow`, `affine_joins`), into operators with constant weights
 (`affine_weights`), else as much of it as goes (its scale alone, its shift alone); what is left is merged.  Every
 change leaves fewer affine nodes than before, so it ends.
 """
@@ -30,7 +30,7 @@ from graphopt.edit import Edit, label, make_node, replace_uses
 from graphopt.ops import is_standard
 from graphopt.registry import register
 
-from . import affine_flow, affine_weights
+from . import affine_joins, affine_weights
 from .affine_search import Plan, Search, Task, chain_dtype, fits_type, replace_affine
 from .affine_site import MANY, AffineSite, why_not_norm
 
@@ -177,7 +177,7 @@ def _guard(chain: Sequence[gs.Node]) -> str | None:
         maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
         if maker is None:
             continue
-        if is_standard(maker, "Mul") and (gate := affine_flow.activation_gate(maker)) is not None:
+        if is_standard(maker, "Mul") and (gate := affine_joins.activation_gate(maker)) is not None:
             return f"it belongs to the activation of {gate.op}, which ORT fuses"
         if is_standard(maker, "Div", "Mul") and any(
             len(t.inputs) == 1 and is_standard(t.inputs[0], "Sqrt", "Reciprocal") for t in maker.inputs

@@ -26,6 +26,7 @@ from graphopt.ops import BLOCKED, BLOCKED_THROUGH, is_standard
 from graphopt.registry import register
 
 from . import affine_weights
+from .affine_linear import Conv, linear
 from .affine_search import chain_dtype, fits_type
 from .affine_site import AffineSite, norm_node
 
@@ -146,7 +147,7 @@ def _takes_shift(site: AffineSite, conv: gs.Node, out: gs.Tensor, whole: Affine)
     pads = [int(p) for p in conv.attrs.get("pads", ())]
     if conv.inputs[0] is not out or not any(pads) or str(conv.attrs.get("auto_pad", "NOTSET")) != "NOTSET":
         return False
-    record = affine_weights.linear(site, conv, affine_weights.Conv)
+    record = linear(site, conv, Conv)
     if isinstance(record, str):
         return False
     shift = np.full(record.inputs, float(whole.shift))

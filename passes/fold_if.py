@@ -1,6 +1,7 @@
-"""If with a constant condition: the branch that runs takes its place.
+"""If with a known condition: the branch that runs takes its place.
 
-    If(true) {then: … y}  ->  … y
+    If(true) {then: … y}                    ->  … y
+    If(c) {then: If(c) {…} …, else: …}      ->  If(c) {then: If(true) {…} …, else: …}
 
 Names of the branch that the model defines elsewhere, too, get new ones.
 """
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import scalar_of
@@ -28,7 +30,8 @@ from graphopt.registry import register
 class FoldIf(Pass):
     """Replace If nodes whose condition is constant by the branch that runs.
 
-    Exact, keeps the signature.  Conditions that are computed stay: fold-constants makes them constant first.
+    Exact, keeps the signature.  Conditions that are computed stay, but for those inside a branch of an If on the same
+    condition; fold-constants and simplify-shapes make constant first what they can.
     """
 
     name: ClassVar[str] = "fold-if"
@@ -38,6 +41,11 @@ class FoldIf(Pass):
         waiting = [n for n in graph.nodes if is_standard(n, "If")]
         if not waiting:
             return
+        if ctx.model.ir_version >= 4 and not isinstance(graph, gs.Function):  # else no initializers inside
+            inner = {id(n.inputs[0]) for g in nested_graphs(waiting) for n in g.nodes if is_standard(n, "If")}
+            for node in waiting:
+                if id(node.inputs[0]) in inner:
+                    yield from _implied(graph, ctx, node)
         defined = _definitions(ctx.model)
         while waiting:
             inlined: list[gs.Node] = []
@@ -58,6 +66,27 @@ class FoldIf(Pass):
 
                     yield Change(label(node), f"If -> its {chosen}", f"its condition is {bool(condition)}", apply)
             waiting = [n for n in inlined if is_standard(n, "If")]
+
+
+def _implied(graph: gs.Graph, ctx: Context, node: gs.Node) -> Iterator[Change]:
+    """Propose to make the condition of Ifs within a branch constant, where it is the one that chose the branch."""
+    condition = node.inputs[0]
+    if isinstance(condition, gs.Constant):
+        return
+    with Edit(graph) as edit:
+        for branch, holds in (("then_branch", True), ("else_branch", False)):
+            for inner in _graphs_of(node.attrs[branch]):
+                for other in (n for n in inner.nodes if is_standard(n, "If") and n.inputs[0] is condition):
+
+                    def apply(other: gs.Node = other, holds: bool = holds) -> None:
+                        edit.set_input(other, 0, ctx.constant(f"{label(other)}/condition", np.array(holds)))
+
+                    yield Change(label(other), f"If -> If({holds})", f"it is in the {branch} of '{label(node)}'", apply)
+
+
+def _graphs_of(branch: gs.Graph) -> Iterator[gs.Graph]:
+    yield branch
+    yield from nested_graphs(branch.nodes)
 
 
 def _definitions(model: Model) -> Counter[str]:

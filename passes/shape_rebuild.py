@@ -111,7 +111,7 @@ class Rebuilder:
                 maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
                 if maker is None or id(maker) in gone or not self.edit.is_local(maker):
                     continue
-                used = self.edit.is_output(tensor) or len(maker.outputs) != 1
+                used = self.edit.is_output(tensor) or len(maker.outputs) != 1 or len(tensor.outputs) > _WALK
                 if not used and all(id(n) in gone for n in self.edit.consumers(tensor)):
                     gone.add(id(maker))
                     waiting.append(maker)

@@ -18,6 +18,10 @@ MOST_TERMS = 16
 """Terms and factors from which on an expression is not followed any more."""
 
 
+LARGEST = 1 << 48
+"""Factors from which on int64 might wrap around."""
+
+
 class TooComplexError(ValueError):
     """An expression has outgrown what is worth knowing."""
 
@@ -80,6 +84,8 @@ def _size(terms: Mapping[Product, int]) -> Size:
     if len(kept) == 1 and () in kept:
         return kept[()]
     if len(kept) > MOST_TERMS or max(len(product) for product in kept) > MOST_TERMS:
+        raise TooComplexError
+    if max(abs(factor) for factor in kept.values()) > LARGEST:
         raise TooComplexError
     return Expr(kept)
 

@@ -17,14 +17,12 @@ such a difference may become a whole step: there only reciprocals that are exact
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import (
@@ -35,9 +33,10 @@ from graphopt.analysis.constants import (
     parameter,
     refers,
 )
+from graphopt.analysis.steps import step_behind
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, become_constant, label, turn_into
-from graphopt.ops import ARITHMETIC, COMMUTATIVE, MOVED_TO_INPUT, MOVEMENT, STEPS, is_standard
+from graphopt.ops import COMMUTATIVE, MOVED_TO_INPUT, is_standard
 from graphopt.registry import register
 from graphopt.tensors import LazySparse, is_float, onnx_dtype
 
@@ -45,9 +44,6 @@ Array = np.ndarray[Any, Any]
 
 _LARGE = 1024
 """Bytes above which a shared constant is not copied."""
-
-_LOOK_AHEAD = 64
-"""Nodes that the search for a step behind a division visits."""
 
 
 @register
@@ -142,7 +138,7 @@ def _division(site: _Site, node: gs.Node) -> Iterator[Change]:
         return
     inverse, exact, reason = _reciprocal(values)
     if inverse is not None and not exact:
-        step = _step_behind(node.outputs[0])
+        step = step_behind(node.outputs[0])
         if step is not None:
             reason = f"the reciprocal is rounded and {step.op} '{label(step)}' may make a step of that"
     if inverse is None or reason:
@@ -199,28 +195,6 @@ def _float_info(dtype: np.dtype[Any]) -> tuple[float, float]:
     """Return the smallest normal and the largest number of a float type."""
     info = ml_dtypes.finfo(dtype)
     return float(info.smallest_normal), float(info.max)
-
-
-def _step_behind(tensor: gs.Tensor) -> gs.Node | None:
-    """Return a step function that the tensor reaches through arithmetic and data movement."""
-    waiting, seen = deque([tensor]), set[int]()
-    while waiting and len(seen) < _LOOK_AHEAD:
-        for node in waiting.popleft().outputs:
-            if id(node) in seen:
-                continue
-            seen.add(id(node))
-            if is_standard(node, *STEPS) or (is_standard(node, "Cast") and not _casts_to_float(node)):
-                return node
-            if is_standard(node, *MOVEMENT, *ARITHMETIC, "Cast"):
-                waiting.extend(node.outputs)
-    return None
-
-
-def _casts_to_float(node: gs.Node) -> bool:
-    target = node.attrs.get("to")
-    if not isinstance(target, int):
-        return False
-    return is_float(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(target)))
 
 
 def _sum_of_two(site: _Site, node: gs.Node) -> Iterator[Change]:

@@ -1,6 +1,6 @@
 """Facts about the operators that ONNX Runtime (ORT) runs, as data: its layouts, what it adds, what is integer.
 
-Measured on ORT 1.31 for CPU; tests/test_explain.py holds them against the installed one.
+Measured on ORT 1.31 for CPU; tests/test_ort_facts.py holds them against the installed one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small models, each of which makes ORT do one thing that `explain` must tell."""
+"""Small models, each of which makes ORT do one thing that `explain` must tell; and ways to ask for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from graphopt import base, dry_run, registry
+from graphopt.explain import Explanation, NodeRow
+from graphopt.explain import explain as run_explain
+from graphopt.explained import explanation
+from graphopt.pipeline import Pipeline
 
 FLOAT, HALF, BOOL = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BOOL
 N = helper.make_node
@@ -31,6 +39,31 @@ def model(
         [helper.make_tensor_value_info(o, FLOAT, None) for o in names], weights,
     )  # fmt: skip
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+
+def explain(given: Any, **options: Any) -> Explanation:
+    return run_explain(given, measure=False, **options)
+
+
+def rows(found: Explanation) -> dict[str, NodeRow]:
+    by_name = {row.name: row for row in found.nodes}
+    assert len(by_name) == len(found.nodes)
+    return by_name
+
+
+def shown(found: Explanation, *, everything: bool = False, width: int = 160) -> list[str]:
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(explanation(found, everything=everything))
+    return capture.get().splitlines()
+
+
+def with_pipeline(monkeypatch: pytest.MonkeyPatch, spec: str, *own: type[base.Pass]) -> None:
+    """Let dry runs run `spec`, in which passes of the test's own may be named."""
+    registry.all_passes()  # built-ins register when they are first asked for
+    for cls in own:  # for this test alone: others go through all that are registered
+        monkeypatch.setitem(registry._passes, cls.name, cls)
+    monkeypatch.setattr(dry_run, "default_pipeline", lambda: Pipeline(spec))
 
 
 IMAGE: list[Input] = [("x", FLOAT, [1, 16, 12, 12])]
@@ -145,7 +178,7 @@ def transposed() -> onnx.ModelProto:
 QUANTIZED = {
     "xs": np.float32(0.02), "z": np.uint8(128), "ws": np.full(16, 0.01, np.float32), "wz": np.zeros(16, np.int8),
     "w": np.random.default_rng(0).integers(-127, 128, (16, 16, 3, 3)).astype(np.int8), "ys": np.float32(0.1),
-    "least": np.uint8(0), "five": np.uint8(5), "b": numbers(16), "wide": np.int16(0),
+    "least": np.uint8(0), "five": np.uint8(5), "b": numbers(16), "low": np.float32(0), "high": np.float32(6),
 }  # fmt: skip
 """Scales, zero points and weights of the models below."""
 
@@ -174,6 +207,17 @@ def quantized(
         N("DequantizeLinear", ["yq", "ys", zero], ["y"], name="yDQ"),
     ]
     return model([*nodes, *(last if tail is None else tail)], IMAGE, outputs or ["y"], QUANTIZED)
+
+
+def quantized_node(nodes: list[onnx.NodeProto], opset: int = 17, **constants: Any) -> onnx.ModelProto:
+    """Q, DQ to xd, `nodes` from there to c, Q, DQ."""
+    ends = [
+        N("QuantizeLinear", ["x", "xs", "z"], ["xq"], name="xQ"),
+        N("DequantizeLinear", ["xq", "xs", "z"], ["xd"], name="xDQ"),
+        N("QuantizeLinear", ["c", "ys", "z"], ["yq"], name="yQ"),
+        N("DequantizeLinear", ["yq", "ys", "z"], ["y"], name="yDQ"),
+    ]
+    return model([*ends[:2], *nodes, *ends[2:]], IMAGE, "y", QUANTIZED | constants, opset)
 
 
 def quantized_matmul(*, quantize_output: bool) -> onnx.ModelProto:

@@ -51,13 +51,13 @@ def why_float(node: gs.Node, last: gs.Node) -> str:
     inputs = inputs[: INTEGER_FORMS[node.op] or len(inputs)]
     plain = [t for t in inputs if not dequantized(t)]
     if plain:
-        constant = is_constant(plain[0])
-        if not constant and len(inputs) == 2 and len(plain) == 1:
+        rest = [t for t in inputs if dequantized(t)]
+        if all(is_constant(t.inputs[0].inputs[0]) for t in rest):
             return f"only its weight is quantized: input '{plain[0].name}' is float"
-        return f"its {'constant ' if constant else ''}input '{plain[0].name}' is float"
+        return f"its {'constant ' if is_constant(plain[0]) else ''}input '{plain[0].name}' is float"
     if wide := _wide(inputs):
         return f"'{wide}' has 16 bits"
-    return _output_reason(node, last) or _bias_reason(node) or "unknown"
+    return _output_reason(node, last) or "unknown"
 
 
 def _wide(inputs: list[gs.Tensor]) -> str | None:
@@ -104,14 +104,7 @@ def _activation_reason(activation: gs.Node) -> str:
     least = np.iinfo(zero.dtype).min
     if activation.op == "Relu" and int(zero.reshape(-1)[0]) != least:
         return f"{_names([activation])} stays: the zero point behind it is {int(zero.reshape(-1)[0])}, not {least}"
-    return f"{_names([activation])} stays: the range behind it is another"
-
-
-def _bias_reason(node: gs.Node) -> str:
-    bias = node.inputs[2] if node.op in ("Conv", "Gemm") and len(node.inputs) > 2 else None
-    if bias is None or not bias.name or dequantized(bias):
-        return ""
-    return f"its bias '{bias.name}' is float: give it as int32 through DequantizeLinear"
+    return f"{_names([activation])} stays: the QuantizeLinear behind it has another range"
 
 
 def _names(nodes: list[gs.Node]) -> str:

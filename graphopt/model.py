@@ -30,6 +30,8 @@ Source: TypeAlias = "str | Path | onnx.ModelProto | Model"
 INLINE_LIMIT = (1 << 31) - (1 << 26)
 """Bytes of weights that still fit beside the graph into one protobuf message (2 GiB less 64 MiB)."""
 
+Dimension: TypeAlias = onnx.TensorShapeProto.Dimension
+
 _SMALL = 1024
 _PAGE = 4096
 
@@ -85,8 +87,9 @@ class Snapshot:
                 continue
             large += 1
             if tensor.name not in inputs:
-                info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-                graph.input.append(info)
+                info = graph.input.add(name=tensor.name)
+                info.type.tensor_type.elem_type = tensor.data_type
+                info.type.tensor_type.shape.dim.extend(Dimension(dim_value=size) for size in tensor.dims)
         if large:
             small = onnx.GraphProto(initializer=kept)
             graph.ClearField("initializer")
@@ -105,8 +108,6 @@ class Model:
         functions: local functions, in file order.
         path: the file it came from, None for a model made in memory.
         custom_ops: libraries of custom operators that the user named; sessions of this model load them.
-        settled: a snapshot that is the present state, set and cleared by whoever alone edits the model (a
-            pipeline); None: nobody knows.
     """
 
     def __init__(
@@ -117,7 +118,21 @@ class Model:
         self.functions = functions
         self.path = path
         self.custom_ops: tuple[Path, ...] = ()
-        self.settled: Snapshot | None = None
+        self._settled: Snapshot | None = None
+        self._graphs: list[gs.Graph] | None = None
+
+    @property
+    def settled(self) -> Snapshot | None:
+        """A snapshot that is the present state, None where nobody knows.
+
+        Set and cleared by whoever alone edits the model (a pipeline), so that it need not be taken again.
+        """
+        return self._settled
+
+    @settled.setter
+    def settled(self, snapshot: Snapshot | None) -> None:
+        self._settled = snapshot
+        self._graphs = None
 
     @property
     def opset(self) -> int:
@@ -157,6 +172,10 @@ class Model:
 
     def graphs(self) -> Iterator[gs.Graph]:
         """Yield the main graph, its nested subgraphs, then function bodies and theirs: outer before inner."""
+        if self._settled is not None:
+            self._graphs = self._graphs or [g for root in (self.graph, *self.functions) for g in _nested(root)]
+            yield from self._graphs
+            return
         for root in (self.graph, *self.functions):
             yield from _nested(root)
 

@@ -145,6 +145,7 @@ def optimize(
     measure = _whether_to_measure(measure, elsewhere=elsewhere, stage=stage, replay=decisions is not None)
     chosen = _pipeline(pipeline, opset, stage, replay=decisions is not None)
     original = load(model)
+    original.settled = original.snapshot()  # nobody else has it, and it is never edited
     cases = []
     if measure or verify != "off":
         cases = [

@@ -7,7 +7,6 @@ from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.descriptor import FieldDescriptor
 
 from graphopt.errors import ModelError, did_you_mean
 from graphopt.importer import opset_of
@@ -23,7 +22,7 @@ EXPERIMENTS = frozenset(
 """Experimental operators of opsets 1 to 9: gone from ONNX's tables, but runtimes still know most of them."""
 
 _MAX_DEPTH = 100  # of messages in each other: protobuf's own limit when it reads a file
-_STRING = FieldDescriptor.TYPE_STRING
+_STRING = onnx.ModelProto.DESCRIPTOR.fields_by_name["producer_name"].type
 _LATEST_IR = max(v for k, v in onnx.Version.items() if k.startswith("IR_VERSION"))
 
 

@@ -77,10 +77,10 @@ class _Sweep:
     def _region(self, node: gs.Node, tensor: gs.Tensor, perm: Perm) -> Iterator[Change]:
         if (id(tensor), perm) in self._seen or self.ctx.shapes.proved(tensor).rank != len(perm):
             return
-        region = grow(self.edit, self.ctx, tensor, perm)
-        self._seen.update(region.perms.items())
-        if self._touched & (region.nodes.keys() | region.sources.keys() | region.sinks.keys()):
+        region = grow(self.edit, self.ctx, tensor, perm, self._touched)
+        if region is None:
             return  # the next round looks at it
+        self._seen.update(region.perms.items())
         cut = cheapest(self.edit, self.ctx, region)
         what = f"{cut.count_before} Transpose -> {cut.count_after}"
         if cut.after >= cut.before:

@@ -64,8 +64,12 @@ class Region:
         return [*self.sources.values(), *self.sinks.values()]
 
 
-def grow(edit: Edit, ctx: Context, seed: gs.Tensor, perm: Perm) -> Region:
-    """Return the region of all that can be permuted together with a tensor."""
+def grow(edit: Edit, ctx: Context, seed: gs.Tensor, perm: Perm, touched: set[int]) -> Region | None:
+    """Return the region of all that can be permuted together with a tensor.
+
+    None where it meets operators (by id) that were touched already: regions that changed grow, and are looked at
+    again when all others have been.
+    """
     region, waiting, fixed = Region(), [seed], set[int]()
     region.perms[id(seed)], region.tensors[id(seed)] = perm, seed
     while waiting:
@@ -74,6 +78,8 @@ def grow(edit: Edit, ctx: Context, seed: gs.Tensor, perm: Perm) -> Region:
         if is_identity(held):
             continue
         for node, port in _ports(edit, tensor):
+            if id(node) in touched:
+                return None
             if id(node) in fixed or id(node) in region.nodes or _is_border(region, node, port, held):
                 continue
             made = flow(Site(node, edit, ctx), port, held)

@@ -77,22 +77,22 @@ class _Tree:
 def _tree(edit: Edit, root: gs.Tensor) -> _Tree:
     """Return what moves the elements of `root`, up to Casts and constants."""
     found, waiting, seen = _Tree(), [root], set[int]()
-    while waiting and not found.why:
+    while waiting:
         tensor = waiting.pop()
         if is_constant(tensor):
             found.constants.append(tensor)
             continue
         node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
         if node is None or not is_standard(node) or not edit.is_local(node) or refers(node):
-            found.why = f"'{tensor.name}' is not moved from anywhere"
+            found.why = found.why or f"'{tensor.name}' is not moved from anywhere"
         elif node.op == "Cast":
             found.casts.append(node)
         elif node.op not in _MOVED:
-            found.why = f"{node.op} '{label(node)}' computes"
-        elif edit.sole_consumer(tensor) is None:
-            found.why = f"'{tensor.name}' is used elsewhere, too"
+            found.why = found.why or f"{node.op} '{label(node)}' computes"
         elif id(node) not in seen:
             seen.add(id(node))
+            if edit.sole_consumer(tensor) is None:
+                found.why = found.why or f"'{tensor.name}' is used elsewhere, too"
             found.nodes.append(node)
             waiting += node.inputs[: _MOVED[node.op]]
     return found

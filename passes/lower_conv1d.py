@@ -161,9 +161,8 @@ class _Lift:
             assert lifted is not None
             for tensor in self._tensors(node):
                 if id(tensor) not in made:
-                    maker = tensor.inputs[0] if tensor.inputs else None
-                    known = maker is not None and self._moves(maker, "Squeeze")
-                    made[id(tensor)] = maker.inputs[0] if known else self._squeezing("Unsqueeze", tensor, new)
+                    squeezes = [n.inputs[0] for n in tensor.inputs if self._moves(n, "Squeeze")]
+                    made[id(tensor)] = squeezes[0] if squeezes else self._squeezing("Unsqueeze", tensor, new)
             inputs = [made.get(id(t), lifted.inputs.get(i, t)) for i, t in enumerate(node.inputs)]
             output = gs.Variable(self.ctx.fresh_name(f"{node.outputs[0].name}/2d"), node.outputs[0].dtype)
             made[id(node.outputs[0])] = output

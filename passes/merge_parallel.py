@@ -127,6 +127,7 @@ class _Site:
     def __init__(self, edit: Edit, ctx: Context) -> None:
         self.edit, self.ctx = edit, ctx
         self.opset = int(edit.graph.opset)
+        self._places: dict[int, dict[int, list[int]]] = {}
 
     def groups(self) -> list[list[_Branch]]:
         """Return layers that read one tensor and could be one, in the graph's order."""
@@ -155,18 +156,27 @@ class _Site:
         for branch in group:
             concat = self._concat(branch)
             if concat is not None:
-                at = next(i for i, t in enumerate(concat.inputs) if t is branch.end)
+                at = self._at(concat, branch.end)[0]
                 places.setdefault(id(concat), []).append((at, branch))
         for placed in places.values():
             for run in _runs(sorted(placed, key=lambda p: p[0]), self.opset):
                 yield self._concatenated(run)
+
+    def _at(self, concat: gs.Node, tensor: gs.Tensor) -> list[int]:
+        """Return where a tensor stands among the inputs of a Concat, as they were in the beginning."""
+        if id(concat) not in self._places:
+            found: dict[int, list[int]] = {}
+            for i, given in enumerate(concat.inputs):
+                found.setdefault(id(given), []).append(i)
+            self._places[id(concat)] = found
+        return self._places[id(concat)].get(id(tensor), [])
 
     def _concat(self, branch: _Branch) -> gs.Node | None:
         """Return the Concat that is all that reads a branch, once, along its outputs."""
         concat = self.edit.sole_consumer(branch.end)
         if concat is None or not is_standard(concat, "Concat") or not self.edit.is_local(concat) or refers(concat):
             return None
-        if sum(t is branch.end for t in concat.inputs) != 1:
+        if len(self._at(concat, branch.end)) != 1:
             return None
         axis = int(concat.attrs.get("axis", 1))
         rank = self.ctx.shapes.proved(branch.node.inputs[0]).rank

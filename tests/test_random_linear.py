@@ -25,7 +25,7 @@ CLEANUP = (
     "repeat(canonicalize, fold-constants, expand-einsum, fuse-convs, fuse-linear, merge-parallel, "
     "eliminate-common, eliminate-dead)"
 )
-LOWERING = ("lower-pools", "lower-conv1d", "flush-denormals")
+LOWERING = ("lower-conv1d", "widen-channels", "lower-pools", "flush-denormals")
 PIPELINE = ", ".join([CLEANUP, *LOWERING, "eliminate-dead"])
 
 CHANNELS = 4
@@ -115,6 +115,16 @@ def row(b: Builder, x: str) -> str:
     size = int(b.rng.choice([1, 3]))
     first = conv(b, x, middle, CHANNELS, 1 if size == 3 else 0)
     return conv(b, first, CHANNELS, middle, size)
+
+
+def wide(b: Builder, x: str) -> str:
+    width = int(b.rng.choice([13, 14, 15, 22, 30]))
+    first = conv(b, x, width, CHANNELS, 3)
+    if b.rng.random() < 0.5:
+        first = b.node("HardSwish" if b.opset >= 14 else "Sigmoid", first)
+    if b.rng.random() < 0.5:
+        first = b.node("Add", first, conv(b, x, width, CHANNELS, 1))
+    return conv(b, first, CHANNELS, width, 1)
 
 
 def inception(b: Builder, x: str) -> str:
@@ -212,7 +222,7 @@ def flat_gemm(b: Builder, x: str) -> str:
 
 COMMON: list[Step] = [lambda b, x: b.node("Relu", x), lambda b, x: b.node("Add", x, b.pick())]
 CONVS: list[Step] = [
-    conv, branches, branches, row, row, inception, inception, pool, masked, squeeze_excite, scaled, norm, *COMMON,
+    conv, branches, branches, row, row, wide, inception, inception, pool, masked, squeeze_excite, scaled, norm, *COMMON,
 ]  # fmt: skip
 DENSE: list[Step] = [
     dense,
@@ -291,7 +301,18 @@ def test_changes_can_be_left_out(model: onnx.ModelProto, data: st.DataObject) ->
     assert_equal(model, result.proto)
 
 
-@pytest.mark.parametrize("name", ["expand-einsum", "fuse-convs", "fuse-linear", "merge-parallel", "flush-denormals"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lower-conv1d",
+        "expand-einsum",
+        "fuse-convs",
+        "fuse-linear",
+        "merge-parallel",
+        "widen-channels",
+        "flush-denormals",
+    ],
+)
 def test_composites_reach_each_pass(name: str) -> None:
     rng = np.random.default_rng(7)
     for seed in range(60):

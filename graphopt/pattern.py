@@ -267,6 +267,10 @@ class Pattern:
         """Return the number of nodes on the longest path."""
         return max(_depth(v) for v in self.outputs)
 
+    def needs(self) -> frozenset[str]:
+        """Return the operators that every match has."""
+        return frozenset().union(*map(_needs, self.outputs))
+
 
 def trace(function: Callable[..., Any]) -> Pattern:
     """Call a pattern function with unbound captures and return what it computes.
@@ -335,6 +339,14 @@ def _other_spelling(value: Result, function: Callable[..., Any]) -> Value:
     other = ("Add", -right.value) if made.op == "Sub" else ("Mul", 1.0 / right.value)
     second = Call(other[0], (left, Number(other[1])), dict(made.attrs), "", made.name)
     return Choice([value, Result(second)])
+
+
+def _needs(value: Value | None) -> frozenset[str]:
+    if isinstance(value, Choice):
+        return frozenset.intersection(*map(_needs, value.options))
+    if isinstance(value, Result):
+        return frozenset({value.call.op}).union(*map(_needs, value.call.inputs))
+    return frozenset()
 
 
 def _depth(value: Value | None) -> int:

@@ -211,12 +211,13 @@ class RulePass(Pass):
 
 
 @functools.cache
-def _indexed(rules: tuple[type[Rule], ...]) -> tuple[dict[str, list[type[Rule]]], int]:
-    """Return rules by the operators that they start at, and the depth of the deepest."""
-    index: dict[str, list[type[Rule]]] = {}
+def _indexed(rules: tuple[type[Rule], ...]) -> tuple[dict[str, list[tuple[type[Rule], frozenset[str]]]], int]:
+    """Return rules, with all operators that they need, by those that they start at; and the depth of the deepest."""
+    index: dict[str, list[tuple[type[Rule], frozenset[str]]]] = {}
     for rule in rules:
+        needs = rule.traced.needs()
         for op in dict.fromkeys(r.call.op for r in _roots(rule)):
-            index.setdefault(op, []).append(rule)
+            index.setdefault(op, []).append((rule, needs))
     return index, max((rule.traced.depth() for rule in rules), default=0)
 
 
@@ -242,6 +243,7 @@ class Rewriter:
 
     def changes(self) -> Iterator[Change]:
         """Yield a change for every match, then the near misses that are left."""
+        present = {n.op for n in self.edit.graph.nodes}
         waiting = deque(n for n in self.edit.graph.nodes if n.op in self.index)
         queued = {id(n) for n in waiting}
         while waiting:
@@ -249,12 +251,13 @@ class Rewriter:
             queued.discard(id(node))
             if self.edit.removed(node):
                 continue
-            for rule in self.index.get(node.op, ()):
-                found = self._try(rule, node)
+            for rule, needs in self.index.get(node.op, ()):
+                found = self._try(rule, node) if needs <= present else None
                 if found is None:
                     continue
                 yield found.change
                 if found.applied:  # the pipeline may have reached its limit
+                    present.update(n.op for n in found.changed)
                     for other in self._affected(found.changed):
                         if id(other) not in queued:
                             queued.add(id(other))

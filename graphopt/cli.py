@@ -82,7 +82,7 @@ def optimize(
     stage: StageOption = "lowering",
     contrib: Contrib = False,
     measure: Measure = None,
-    budget: Budget = 30.0,
+    budget: Budget = 40.0,
     decisions: DecisionsFile = None,
     write_decisions: WriteDecisions = None,
     elsewhere: Elsewhere = False,

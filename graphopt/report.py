@@ -96,7 +96,12 @@ def human_bytes(count: float) -> str:
 
 def render(report: Report) -> Group:
     """Return the report for a terminal."""
-    parts: list[Any] = [_passes_table(report.passes)]
+    rows = rows_by_pass(report.passes)
+    shown = [row for row in rows if row["changes"] or row["failed"]]
+    parts: list[Any] = [_passes_table(shown)] if shown else []
+    idle = len(rows) - len(shown)
+    if idle:
+        parts.append(_line(f"{idle} {'other ' * bool(shown)}pass{'es' * (idle != 1)} found nothing to change"))
     parts += [_families_table(report.families)] if report.families else []
     parts += [_line(line) for line in summary_lines(report)]
     for record in report.failures:
@@ -109,11 +114,11 @@ def _line(text: str, style: str = "") -> Text:
     return Text(text, style=style, overflow="fold", no_wrap=False)
 
 
-def _passes_table(records: Iterable[PassRecord]) -> Table:
+def _passes_table(rows: Iterable[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("pass", "changes", "nodes", "weights", "seconds", ""):
         table.add_column(title, justify="left" if title in ("pass", "") else "right", no_wrap=True)
-    for row in rows_by_pass(records):
+    for row in rows:
         weights = human_bytes(abs(row["weight_bytes"]))
         table.add_row(
             row["name"],

@@ -47,8 +47,12 @@ class SimplifyShapes(Pass):
             yield from _known(graph, ctx, edit)
         with Edit(graph) as edit:
             yield from _targets(graph, ctx, edit)
-        with Edit(graph) as edit:
-            yield from Rebuilder(graph, ctx, edit).run()
+        again = True
+        while again:  # each change takes nodes away, and what they shared may be worth a look then
+            with Edit(graph) as edit:
+                rebuilder = Rebuilder(graph, ctx, edit)
+                yield from rebuilder.run()
+            again = rebuilder.changed
 
 
 def _known(graph: gs.Graph, ctx: Context, edit: Edit) -> Iterator[Change]:

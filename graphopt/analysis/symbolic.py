@@ -100,14 +100,18 @@ class Symbolic:
         opset = int(graph.opset or self._opset)
         for node in graph.nodes:
             self._always = graph is self._main
-            self._base = _plain(next((t.name for t in node.outputs if t.name), ""))
-            try:
-                found = self._node(node, opset)
-            except TooComplexError:
-                found = []
-            for index, tensor in enumerate(node.outputs):
-                if tensor.name:
-                    self._keep(tensor, found[index] if index < len(found) else UNKNOWN)
+            self.follow(node, opset)
+
+    def follow(self, node: gs.Node, opset: int) -> None:
+        """Take down what is known of the outputs of a node, one that was made since, too."""
+        self._base = _plain(next((t.name for t in node.outputs if t.name), ""))
+        try:
+            found = self._node(node, opset)
+        except TooComplexError:
+            found = []
+        for index, tensor in enumerate(node.outputs):
+            if tensor.name:
+                self._keep(tensor, found[index] if index < len(found) else UNKNOWN)
 
     def _node(self, node: gs.Node, opset: int) -> Sequence[Fact]:
         function = self._functions.get((node.domain or "", node.op)) if self._functions else None

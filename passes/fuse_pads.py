@@ -65,6 +65,20 @@ class PadOfPad(Rule):
     min_opset = 11
 
     @staticmethod
+    def examples(rng: np.random.Generator) -> dict[str, Any]:
+        """Return what random draws do not hit."""
+        pads = {f"{name}.pads": [0, int(rng.integers(0, 3)), 1, int(rng.integers(0, 2))] for name in ("inner", "outer")}
+        values = {f"{name}.value": float(rng.integers(0, 2)) for name in ("inner", "outer")}
+        modes = ["constant", "constant", "edge", "reflect"]
+        return {
+            "x": (3, 4),
+            **pads,
+            **values,
+            "inner.mode": str(rng.choice(modes)),
+            "outer.mode": str(rng.choice(modes)),
+        }
+
+    @staticmethod
     def pattern(op: Op, x: Value) -> Value:
         return op.Pad(op.Pad(x, name="inner"), name="outer")
 
@@ -118,6 +132,18 @@ class PadIntoConv(Rule):
     """Conv(Pad(x, 0), w) -> Conv(x, w)    the pads added to the convolution's"""
 
     min_opset = 11
+
+    @staticmethod
+    def examples(rng: np.random.Generator) -> dict[str, Any]:
+        """Return what random draws do not hit."""
+        pads = [0, 0, *(int(p) for p in rng.integers(0, 3, 2)), 0, 0, *(int(p) for p in rng.integers(0, 3, 2))]
+        return {
+            "x": (2, 3, 5, 6),
+            "w": (4, 3, 3, 3),
+            "b": (4,),
+            "pad.pads": pads,
+            "pad.value": float(rng.integers(0, 2)),
+        }
 
     @staticmethod
     def pattern(op: Op, x: Value, w: Value, b: Value | None) -> Value:
@@ -176,7 +202,13 @@ class PadIntoMaxPool(Rule):
         """Return what random draws do not hit."""
         pads = [0, 0, int(rng.integers(0, 2)), 1, 0, 0, 1, int(rng.integers(0, 2))]
         shape = (2, 3, 5, int(rng.integers(4, 7)))
-        return {"x": shape, "pad.pads": pads, "pad.value": -np.inf, "pool.kernel_shape": [3, 3], "pool.ceil_mode": 0}
+        return {
+            "x": shape,
+            "pad.pads": pads,
+            "pad.value": float(rng.choice([-np.inf, 2.0])),
+            "pool.kernel_shape": [3, 3],
+            "pool.ceil_mode": 0,
+        }
 
     @staticmethod
     def pattern(op: Op, x: Value) -> Value:

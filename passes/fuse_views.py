@@ -185,22 +185,14 @@ class TransposeOfTranspose(Rule):
         return op.Transpose(op.Transpose(x, name="inner"), name="outer")
 
     @staticmethod
-    def check(m: Match) -> str | None:
-        return "a permutation is not stated" if None in _perms(m) else None
-
-    @staticmethod
     def rewrite(op: Op, x: Value, m: Match) -> Value:
-        first, second = _perms(m)
-        assert first is not None
-        assert second is not None
+        first, second = numbers(m["inner"].param("perm")), numbers(m["outer"].param("perm"))
+        if first is None or second is None:
+            raise RefusedError("a permutation is not stated")
         perm = [first[i] for i in second]
         if perm == list(range(len(perm))):
             return op.Identity(x)
         return op.Transpose(x, perm=perm)
-
-
-def _perms(m: Match) -> tuple[list[int] | None, list[int] | None]:
-    return numbers(m["inner"].param("perm")), numbers(m["outer"].param("perm"))
 
 
 class TransposeOfOnes(Rule):
@@ -240,28 +232,26 @@ class ShapeOfTranspose(Rule):
         return op.Shape(op.Transpose(x, name="t"), name="s")
 
     @staticmethod
-    def check(m: Match) -> str | None:
-        if {"start", "end"} & set(m["s"].attrs):
-            return "only a part of the shape is asked for"
-        return "the permutation is not stated" if numbers(m["t"].param("perm")) is None else None
-
-    @staticmethod
     def rewrite(op: Op, x: Value, m: Match) -> Value:
-        perm = np.asarray(numbers(m["t"].param("perm")), np.int64)
-        return op.Gather(op.Shape(x), perm, axis=0)
+        perm = numbers(m["t"].param("perm"))
+        if perm is None or {"start", "end"} & set(m["s"].attrs):
+            raise RefusedError("the permutation is not stated, or only a part of the shape is asked for")
+        return op.Gather(op.Shape(x), np.asarray(perm, np.int64), axis=0)
 
 
 def _reductions(op: Op, x: Value, keepdims: int) -> Value:
     return op.any(*(getattr(op, kind)(x, keepdims=keepdims, name="reduce") for kind in sorted(REDUCTIONS)))
 
 
-def _reduced_axes(m: Match, x: Value) -> list[int] | str:
-    """Return the axes that a reduction runs over, or why they cannot be told."""
+def _reduced_axes(m: Match, x: Value) -> list[int]:
+    """Return the axes that a reduction runs over.
+
+    Raises:
+        RefusedError: they cannot be told.
+    """
     axes = numbers(m["reduce"].param("axes"))
-    if x.rank is None:
-        return "the rank is unknown"
-    if axes is None or not axes:
-        return "the reduced axes are not stated"
+    if x.rank is None or not axes:
+        raise RefusedError("the rank is unknown, or the reduced axes are not stated")
     return sorted(a % x.rank for a in axes)
 
 
@@ -283,13 +273,11 @@ class UnsqueezeOfReduce(Rule):
 
     @staticmethod
     def check(x: Value, m: Match) -> str | None:
-        axes, new = _reduced_axes(m, x), numbers(m["u"].param("axes"))
-        if isinstance(axes, str):
-            return axes
-        assert x.rank is not None
-        if new is None or sorted(a % x.rank for a in new) != axes:
-            return "the new axes are not those reduced"
-        return None
+        axes, new = numbers(m["reduce"].param("axes")), numbers(m["u"].param("axes"))
+        if x.rank is None or axes is None or new is None:
+            return None  # rewrite says so
+        same = sorted(a % x.rank for a in new) == sorted(a % x.rank for a in axes)
+        return None if same else "the new axes are not those reduced"
 
     @staticmethod
     def rewrite(op: Op, x: Value, m: Match) -> Value:
@@ -297,7 +285,10 @@ class UnsqueezeOfReduce(Rule):
 
 
 class SqueezeOfReduce(Rule):
-    """Squeeze(Reduce(x, axes, keepdims=1), axes) -> Reduce(x, axes, keepdims=0)"""
+    """Squeeze(Reduce(x, axes, keepdims=1), as many axes) -> Reduce(x, axes, keepdims=0)
+
+    Axes that go without having been reduced are of size 1, and stand for those that have.
+    """
 
     types = None
 
@@ -306,17 +297,10 @@ class SqueezeOfReduce(Rule):
         return op.Squeeze(_reductions(op, x, 1), name="s")
 
     @staticmethod
-    def check(x: Value, m: Match) -> str | None:
-        axes, gone = _reduced_axes(m, x), numbers(m["s"].param("axes"))
-        if isinstance(axes, str):
-            return axes
-        assert x.rank is not None
-        if gone is None or sorted(a % x.rank for a in gone) != axes:
-            return "the axes that go are not those reduced"
-        return None
-
-    @staticmethod
     def rewrite(op: Op, x: Value, m: Match) -> Value:
+        gone = numbers(m["s"].param("axes"))
+        if gone is None or len(gone) != len(_reduced_axes(m, x)):
+            raise RefusedError("not as many axes go as are reduced")
         return _reduce_again(op, x, m, 0)
 
 

@@ -52,7 +52,7 @@ ATTENTION = """g (float[N,12,32] x, float[32,32] q, float[32,32] k, float[32,32]
 
 def test_the_last_token_asks_one_query_of_all_keys() -> None:
     result = run(ATTENTION)
-    assert [s[1] for s in sizes(result, "Reshape")] == [1, 12, 12, 1]
+    assert sorted(s[1] for s in sizes(result, "Reshape")) == [1, 1, 12, 12]
     assert sizes(result, "Softmax")[0][1:] == [4, 1, 12]
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(size=(32, 32)).astype(np.float32) / 5 for name in "qkvo"}

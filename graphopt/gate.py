@@ -47,7 +47,8 @@ class Gate:
     def passed(self, best: tuple[Selection, Result], families: Sequence[Family]) -> tuple[Outcome, Selection, Result]:
         """Return the first candidate that passes; the input if none does."""
         if unchanged(best[1].report):
-            return "input kept", best[0], kept(self.original, best[1].report, "no pass found anything to change")
+            nothing = "nothing that was found to change pays" if families else "no pass found anything to change"
+            return "input kept", best[0], kept(self.original, best[1].report, nothing)
         before = self.judge.candidate(self.original)
         for outcome, selection, result in self._ladder(best, families):
             candidate = self.judge.candidate(result.model)

@@ -196,12 +196,10 @@ class Judge:
 
 
 @contextlib.contextmanager
-def judging(
-    conditions: tuple[Condition, ...], *, provider: str, seed: int, budget: float, progress: Progress
-) -> Iterator[Judge]:
-    """Yield a judge with a folder of its own, for `budget` seconds."""
+def judging(conditions: tuple[Condition, ...], *, provider: str, seed: int, progress: Progress) -> Iterator[Judge]:
+    """Yield a judge with a folder of its own; it has no time yet."""
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        yield Judge(conditions, provider, seed, Path(folder), time.monotonic() + budget, progress)
+        yield Judge(conditions, provider, seed, Path(folder), time.monotonic(), progress)
 
 
 def shared(comparisons: int, looks: int = 2) -> float:

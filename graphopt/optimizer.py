@@ -159,7 +159,7 @@ def optimize(
         result = task.replayed(decisions)
     elif measure:
         conditions = _conditions(original, counts, cases, seed)
-        with judging(conditions, provider=provider, seed=seed, budget=budget, progress=progress or _silent) as judge:
+        with judging(conditions, provider=provider, seed=seed, progress=progress or _silent) as judge:
             result = task.measured(judge, budget)
     else:
         result = task.unmeasured()
@@ -180,7 +180,8 @@ class _Task:
 
     def run(self, selection: Selection, settings: Settings | None = None) -> Result:
         """Return what a selection makes, checked as the settings say."""
-        settings = replace(settings or self.settings, skip=selection.skip)
+        settings = settings or self.settings
+        settings = replace(settings, skip=settings.skip | selection.skip)
         chosen = selection.applied(self.pipeline)
         if chosen is None:
             return Result(self.original.copy(), Run(self.pipeline, self.original, None, settings).report)
@@ -195,15 +196,16 @@ class _Task:
 
     def measured(self, judge: Judge, budget: float) -> Result:
         """Return what pays, if it is no slower than the input."""
-        begun = time.monotonic()
-        end = judge.deadline
         selection = static_selection(self.pipeline)
+        judge.progress("running the pipeline")
         result = self.run(selection)
-        judge.deadline = time.monotonic() + SEARCH_SHARE * (end - time.monotonic())
+        begun = time.monotonic()
+        judge.deadline = begun + SEARCH_SHARE * budget
         search = Search(judge, self.pipeline, self._quick(result.report), selection, result)
         if search.best() != selection:
+            judge.progress("running what was chosen")
             result = self.run(search.selection)
-        judge.deadline = end
+        judge.deadline = begun + budget
         gate = Gate(judge, self.original, self.pipeline, self.run)
         outcome, selection, result = gate.passed((search.selection, result), search.families)
         _record(result.report, judge, gate, search.families, budget, time.monotonic() - begun)
@@ -239,7 +241,7 @@ class _Task:
         if report.decision != "input kept":
             report.decision = outcome
         made = None if outcome == "input kept" else selection.applied(self.pipeline)
-        used = selection if made else Selection()
+        used = selection.skipping(self.settings.skip) if made else Selection()
         report.decisions = Decisions.of(self.original, made, used, self.settings, outcome).to_dict()
         return result
 

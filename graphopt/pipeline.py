@@ -228,6 +228,7 @@ class Run:
         self._done: dict[str, Snapshot] = {}
         self.exactness: Exactness = "exact"
         self.sites: dict[Site, None] = {}
+        self._new_sites: list[Site] = []
         self.size = size_of(model)
         self.report = Report(
             model=str(model.path or "<memory>"), pipeline=str(pipeline), seed=settings.seed,
@@ -319,6 +320,7 @@ class Run:
         context = Context(self.model, evaluate, self.settings.target, self.settings.seed, self.samples, self._bytes)
         context._shapes, self._shapes = self._shapes, None
         graphs = list(self.model.graphs()) if step.scope == "graph" else [self.model.graph]
+        self._new_sites.clear()
         for graph in graphs:
             for change in step.run(graph, context):
                 self._change(change, record, step)
@@ -350,7 +352,7 @@ class Run:
         change.apply()
         release(self._mapped)
         if step.optional:
-            self.sites[site] = None
+            self._new_sites.append(site)
         self.applied += 1
         self.last_change = f"{record.name}: {change.where}: {change.what}"
         record.changes += 1
@@ -365,6 +367,7 @@ class Run:
             if not checked.ok:
                 raise ModelError("the outputs differ: " + "; ".join(checked.failures), at=where_it_begins(checked))
         self.exactness = exactness
+        self.sites.update(dict.fromkeys(self._new_sites))
         _free_weights(self.snapshot, self._pending)
         self.snapshot = self._pending
         record.status = "changed"

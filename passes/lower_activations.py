@@ -170,6 +170,26 @@ class GeluForKernel(Rule):
         return x * (op.Erf(x / ROOT_2) + 1.0) * 0.5
 
 
+class GeluIntoWeights(Rule):
+    """(x * (erf(x / sqrt 2) + 1)) @ W  ->  (x * (erf(x / sqrt 2) + 1) * 0.5) @ 2W
+
+    The same where `FoldAffine` has moved the half into the weights behind: exact, a power of two goes back.
+    """
+
+    min_opset = 9
+    max_opset = 19
+    types = FLOAT32
+
+    @staticmethod
+    def pattern(op: Op, x: Value, w: Constant, c: Value | None) -> Value:
+        doubled = x * (op.Erf(x / ROOT_2) + 1.0)
+        return op.any(op.MatMul(doubled, w, name="product"), op.Gemm(doubled, w, c, name="product", transA=0))
+
+    @staticmethod
+    def rewrite(op: Op, x: Value, w: Constant, m: Match) -> Value:
+        return m["product"].again(x * (op.Erf(op.Div(x, ROOT_2)) + 1.0) * 0.5, w.wide * 2.0)
+
+
 @register
 @dataclass(frozen=True)
 class LowerActivations(RulePass):
@@ -189,6 +209,7 @@ class LowerActivations(RulePass):
         PReluByMax,
         SwishBySigmoid,
         GeluForKernel,
+        GeluIntoWeights,
     )
 
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:

@@ -169,6 +169,22 @@ def test_lowered(body: str, opset: int, wanted: str) -> None:
     assert_equal_outputs(before, after.model.proto, scales=(*tiny, 0.1, 2.0, 30.0, 1000.0))
 
 
+@pytest.mark.parametrize("product", ["y = MatMul(d, weight)", "f = Flatten(d) y = Gemm(f, flat, bias)"])
+def test_a_half_that_went_into_weights_comes_back(product: str) -> None:
+    """ORT has a kernel for the whole Gelu only; a power of two moves without rounding."""
+    rng = np.random.default_rng(0)
+    constants = {**NUMBERS, "weight": rng.normal(size=(6, 5)), "bias": np.ones(5), "flat": rng.normal(size=(24, 5))}
+    flat = "Flatten" in product
+    body = f"a = Div(x, root) b = Erf(a) c = Add(b, one) d = Mul(x, c) {product}"
+    if flat:
+        body = "f0 = Flatten(x) " + body.replace("(x", "(f0").replace("f = Flatten(d) ", "").replace("(f,", "(d,")
+    before = parsed(body, outputs="float[N,K] y" if flat else "float[N,4,5] y", constants=constants)
+    after = run(before, "canonicalize, lower-activations, eliminate-dead")
+    kind = "Gemm" if flat else "MatMul"
+    assert ops(after).endswith(f"Div Erf Add Mul Mul {kind}")
+    assert_equal_outputs(before, after.model.proto)
+
+
 @pytest.mark.parametrize("shift", [-80.0, -15.0, -5.0, 25.0, 90.0])
 @pytest.mark.parametrize("body", ["y = Softplus(s)", "y = Mish(s)"])
 def test_tails_keep_their_digits(body: str, shift: float) -> None:

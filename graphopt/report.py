@@ -135,7 +135,8 @@ def _families_table(families: Iterable[dict[str, Any]]) -> Table:
     """Return what each optional pass brings: time with it over time without it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("optional pass", "sites", "time with it", "interval", "", "why"):
-        table.add_column(title, justify="right" if title in ("sites", "time with it") else "left", no_wrap=True)
+        right = title in ("sites", "time with it")
+        table.add_column(title, justify="right" if right else "left", no_wrap=title != "why", overflow="fold")
     for row in families:
         for name, found in family_rows(row):
             low, high = found.get("interval", (None, None))

@@ -42,7 +42,7 @@ def blocks(draw: Callable[..., Any]) -> str:
     """One normalisation in a random spelling, one in eight of them wrong on purpose."""
 
     def pick(options: tuple[str, ...]) -> str:
-        return options[draw(st.integers(0, len(options) - 1))]
+        return str(options[draw(st.integers(0, len(options) - 1))])
 
     axes = pick(tuple(LENGTHS))
     other = pick(tuple(LENGTHS)) if draw(st.integers(0, 7)) == 0 else axes

@@ -85,7 +85,6 @@ class _Layout:
             return self._named(*self._root(source)) if source is not None else (None, "", "")
         targets = self._targets(k)
         if node.op_type == "ReorderOutput":
-            targets.sort(key=lambda t: t in self.blocked)
             return self._first(targets, "the model's own output is in plain layout")
         if node.op_type == "Transpose":
             return self._transposed(k, targets)

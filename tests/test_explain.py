@@ -96,6 +96,37 @@ def test_what_is_folded_shared_and_removed() -> None:
     assert all(row.kernel == "" and row.share is None for row in found.nodes if row.fate != "kept")
 
 
+def test_what_is_known_from_shapes_is_folded() -> None:
+    nodes = [
+        N("Shape", ["x"], ["s"], name="shape"),
+        N("Gather", ["s", "zero"], ["g"], name="pick", axis=0),
+        N("Concat", ["g", "rest"], ["t"], name="target", axis=0),
+        N("Reshape", ["x", "t"], ["y"], name="reshape"),
+    ]
+    constants = {"zero": np.array([0]), "rest": np.array([-1])}
+    found = rows(explain(models.model(nodes, [("x", models.FLOAT, [2, 3, 4])], "y", constants)))
+    for name in ("shape", "pick", "target"):
+        assert found[name].fate == "folded"
+        assert found[name].how.startswith("computed when the model is loaded")
+    assert found["reshape"].fate == "kept"
+
+
+def test_what_is_fused_in_the_blocked_layout_is_found_by_its_name() -> None:
+    """No tensor of the model is left there: ORT names the kernel after the Mul."""
+    middle = [N("Sigmoid", ["a"], ["s"], name="sigmoid"), N("Mul", ["a", "s"], ["m"], name="times")]
+    found = rows(explain(models.between(middle)))
+    assert {(found[name].kernel, found[name].fate) for name in ("sigmoid", "times")} == {("QuickGelu", "fused")}
+    assert found["times"].blocked
+    assert found["sigmoid"].how == "part of QuickGelu of 'times'"
+
+
+def test_all_around_an_integer_convolution_is_part_of_it() -> None:
+    found = rows(explain(models.quantized()))
+    for name in ("xDQ", "wDQ", "yQ"):
+        assert (found[name].fate, found[name].how) == ("fused", "part of QLinearConv of 'conv'")
+    assert found["xQ"].fate == found["yDQ"].fate == "kept"
+
+
 def test_a_branch_never_taken_is_removed() -> None:
     found = rows(explain(models.branches(constant=True)))
     assert found["choose"].how == "its condition is constant: then_branch took its place"
@@ -169,10 +200,11 @@ class _Nearly(base.Pass):
 
     name: ClassVar[str] = "test-nearly"
     times: int = 1
+    op: str = "Exp"
 
     def run(self, graph: gs.Graph, ctx: base.Context) -> Iterator[base.Change]:
         for node in graph.nodes:
-            for turn in range(self.times if node.op == "Exp" else 0):
+            for turn in range(self.times if node.op == self.op else 0):
                 why = f"inner value '{node.inputs[0].name}' is a graph output"
                 yield base.Change(f"{node.name}{turn or ''}", "Nearly", why)
 
@@ -212,6 +244,13 @@ def test_changes_and_near_misses_of_a_dry_run(monkeypatch: pytest.MonkeyPatch) -
     assert run.after.nodes < run.before.nodes
     assert run.result.kernels is not None
     assert run.result.timing is None
+
+
+def test_what_a_later_round_resolves_is_no_near_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pipeline(monkeypatch, "repeat(test-nearly{op=Identity}, eliminate-identity)", _Nearly)
+    run = explain(models.tidied()).dry_run
+    assert "nothing" in {site.where for site in run.changes}
+    assert run.near_misses == ()
 
 
 def test_near_misses_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import GraphoptError
+from graphopt.optimizer import default_pipeline
 from graphopt.pipeline import Pipeline, Result, Settings
 from graphopt.runtime import Optimization, Session
 
@@ -75,6 +76,22 @@ def assert_equal(a: Outputs, b: Outputs) -> None:
 def test_random_shape_arithmetic(seed: int) -> None:
     model = random_model(seed)
     assert_same(model, run(model).proto)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 1 << 32))
+def test_all_canonical_passes_on_random_shape_arithmetic(seed: int) -> None:
+    """Other passes rely on the shapes that are proved here."""
+    model = random_model(seed)
+    result = default_pipeline(stage="canonical").run(model, settings=Settings(verify="off", on_failure="stop"))
+    assert_same(model, result.proto)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 1 << 32), st.sampled_from(["simplify-shapes", "fold-if", "hoist-loop-invariants"]))
+def test_a_second_run_changes_nothing(seed: int, name: str) -> None:
+    once = run(random_model(seed), name)
+    assert run(once.proto, name).report.passes[0].status != "changed"
 
 
 @settings(max_examples=60)

@@ -76,7 +76,7 @@ def _window(site: Site, kernel: Sequence[int]) -> list[tuple[int, int, int, int]
     return [((kernel[i] - 1) * dilations[i] + 1, strides[i], pads[i], pads[i + count]) for i in range(count)]
 
 
-def _slid(site: Site, sizes: Sequence[Size], kernel: Sequence[int]) -> list[Size] | None:
+def _slid(site: Site, sizes: Sequence[Size], kernel: Sequence[int]) -> list[Size]:
     """Return the sizes of the places of a window."""
     padding = site.attr("auto_pad", "NOTSET")
     found: list[Size] = []
@@ -86,9 +86,12 @@ def _slid(site: Site, sizes: Sequence[Size], kernel: Sequence[int]) -> list[Size
             continue
         padded = size if padding == "VALID" else add(size, before + after)
         room = subtract(padded, extent)
-        if site.attr("ceil_mode", 0) and quotient(room, stride) is None:
-            return None  # whether a last, partial window counts differs between versions
-        found.append(add(floor_divide(room, stride), 1))
+        if not site.attr("ceil_mode", 0) or quotient(room, stride) is not None:
+            found.append(add(floor_divide(room, stride), 1))
+        elif after + stride <= extent:
+            found.append(add(ceil_divide(room, stride), 1))
+        else:  # a last window that would begin in the padding does not count, in some versions
+            found.append(site.fresh())
     return found
 
 
@@ -97,8 +100,7 @@ def _conv(site: Site) -> Facts:
     kernel = _numbers(w[2:]) if w is not None else None
     if x is None or w is None or kernel is None or len(x) != len(w):
         return None
-    sizes = _slid(site, x[2:], kernel)
-    return None if sizes is None else first_like(site, (x[0], w[0], *sizes))
+    return first_like(site, (x[0], w[0], *_slid(site, x[2:], kernel)))
 
 
 def needed_sizes(site: Site) -> Iterator[tuple[str, int]]:
@@ -137,10 +139,7 @@ def _pool(site: Site) -> Facts:
     x, kernel = site.shape(), site.attr("kernel_shape", None)
     if x is None or not kernel or len(x) != len(kernel) + 2:
         return None
-    sizes = _slid(site, x[2:], [int(k) for k in kernel])
-    if sizes is None:
-        return None
-    shape = (x[0], x[1], *sizes)
+    shape = (x[0], x[1], *_slid(site, x[2:], [int(k) for k in kernel]))
     return [Fact(site.fact().dtype, shape), Fact(INT64, shape)][: len(site.node.outputs)]
 
 

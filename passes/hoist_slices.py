@@ -77,8 +77,10 @@ class _Taken:
 
 def _taken(site: Site) -> _Taken | None:
     node = site.node
-    rank = site.rank(node.inputs[0]) if node.inputs else None
-    if not is_standard(node, "Slice", "Gather") or refers(node) or rank is None or rank < 2 or site.opset < 10:
+    if not is_standard(node, "Slice", "Gather") or refers(node) or site.opset < 10:
+        return None
+    rank = site.rank(node.inputs[0])
+    if rank is None or rank < 2:
         return None
     if node.op == "Gather":
         index = scalar_of(node.inputs[1])

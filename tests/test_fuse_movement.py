@@ -156,7 +156,8 @@ def test_padding_that_a_mean_counts(attributes: str, gone: bool) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # the order of a sum of nine
 
 
-SHUFFLED = """g (float[N,8,4,4] x) => (float[N,5,4,4] y) <int64[5] parts = {0, 2, 4, 4, 4}, int64[4] whole = {0, 8, 4, 4}>
+SHUFFLED = """g (float[N,8,4,4] x) => (float[N,5,4,4] y)
+<int64[5] parts = {0, 2, 4, 4, 4}, int64[4] whole = {0, 8, 4, 4}>
 {
   a = Reshape(x, parts) b = Transpose<perm = [0, 2, 1, 3, 4]>(a) c = Reshape(b, whole) y = Conv(c, w)
 }"""

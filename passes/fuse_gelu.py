@@ -20,7 +20,7 @@ from graphopt.pattern import Op, Value
 from graphopt.registry import register
 from graphopt.rewrite import Rule, RulePass
 
-from .fuse_activations import SINGLE
+from .fuse_hard_activations import SINGLE
 
 ROOT_2 = math.sqrt(2.0)
 SLOPE = math.sqrt(2.0 / math.pi)

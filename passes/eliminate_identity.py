@@ -20,6 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import array_of, parameter, refers, trains
+from graphopt.analysis.uniform import uniform_of
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, label, turn_into
 from graphopt.ops import is_standard
@@ -29,9 +30,6 @@ Dims = tuple[int | str | None, ...]
 
 _BIG = (1 << 31) - 1
 """Slice ends from here on mean "to the end" whatever the size."""
-
-_PROBED = 1 << 16
-"""Elements of a constant that are read to see whether they are all equal."""
 
 
 @register
@@ -157,10 +155,8 @@ def _where(site: _Site) -> gs.Tensor | None:
 
 
 def _all_equal(tensor: gs.Tensor, element: float) -> bool:
-    values = array_of(tensor, limit=_PROBED)
-    if values is None or values.size == 0 or values.dtype.kind in "OSU":
-        return False
-    return bool(values.reshape(-1)[0] == element) and bool((values == element).all())
+    found = uniform_of(tensor)
+    return found is not None and bool(found == element)
 
 
 def _keeps_shape(dims: Dims | None, other: Dims | None) -> bool:
@@ -170,7 +166,7 @@ def _keeps_shape(dims: Dims | None, other: Dims | None) -> bool:
     if dims is None or other is None or len(other) > len(dims):
         return False
     pairs = zip(dims[len(dims) - len(other) :], other, strict=True)
-    return all(o == 1 or (isinstance(o, int) and o == d) for d, o in pairs)
+    return all(o == 1 or (o is not None and o == d) for d, o in pairs)  # equal text is equal size
 
 
 def _transpose(site: _Site) -> gs.Tensor | None:

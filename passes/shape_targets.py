@@ -5,6 +5,7 @@
     Expand(x, [n, 4])               x: [n, 1]          ->  Expand(x, [1, 4])
     Slice(x, 1, h) over h                              ->  Slice(x, 1, end)
     Resize(x, sizes=[n, c, 2*h, 2*w])                  ->  Resize(x, scales=[1, 1, 2, 2])
+    LSTM(x, …, zeros of [1, n, 8], zeros of [1, n, 8]) ->  LSTM(x, …)
 
 A Reshape to -1 fails where another axis that its target names is empty.  So -1 is only put where the others are
 surely not empty, or where the computed target had it, too (and no `allowzero`, with which ORT takes both).
@@ -21,6 +22,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis.facts import Fact, Site
 from graphopt.analysis.symbolic_expr import Expr, Size, at_most, equal, quotient, subtract
 from graphopt.analysis.symbolic_shapes import crops, resized_axes, slice_plan
+from graphopt.analysis.uniform import uniform_of
 
 END = (1 << 63) - 1
 """A Slice's end that means the end of the axis, whatever its size."""
@@ -158,7 +160,19 @@ def resize(site: Site) -> Finding:
     return {2: np.array(scales, np.float32), 3: None}
 
 
-FINDERS: Mapping[str, Finder] = {"Reshape": reshape, "Expand": expand, "Slice": slice_, "Resize": resize}
+def recurrent(site: Site) -> Finding:
+    """Return the initial states of a recurrent layer that are zero anyway when they are left out."""
+    found: Inputs = {}
+    for index in (5, 6):
+        if index < len(site.node.inputs) and site.has(index) and uniform_of(site.node.inputs[index]) == 0:
+            found[index] = None
+    return found or None
+
+
+FINDERS: Mapping[str, Finder] = {
+    "Reshape": reshape, "Expand": expand, "Slice": slice_, "Resize": resize, "LSTM": recurrent, "GRU": recurrent,
+    "RNN": recurrent,
+}  # fmt: skip
 """Operator -> what its computed inputs can become."""
 
 

@@ -108,5 +108,6 @@ def _targets(graph: gs.Graph, ctx: Context, edit: Edit) -> Iterator[Change]:
                 edit.trim_inputs(node, len(node.inputs) - 1)
             node.attrs.pop("allowzero", None)
 
-        said = next(values for values in found.values() if values is not None).tolist()
-        yield Change(label(node), f"computed target of {node.op} -> {said}", "it says the same", apply)
+        said = next((values.tolist() for values in found.values() if values is not None), "none")
+        what = "zeros" if said == "none" else "target"
+        yield Change(label(node), f"computed {what} of {node.op} -> {said}", "it says the same", apply)

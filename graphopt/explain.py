@@ -342,8 +342,6 @@ class _Account:
         for i, (node, fate) in enumerate(zip(self.originals, self.fates, strict=True)):
             if not fate.kernel or not is_wrapped(node) or self._arithmetic(node, fate) != "float":
                 continue
-            if fate.kind == "fused" and i not in self.seconds:
-                continue  # part of another node's kernel
             why = why_float(node, self.originals[last.get(i, i)])
             seconds = self.seconds.get(i)
             share = None if seconds is None else self._share(seconds)

@@ -127,6 +127,15 @@ def test_all_around_an_integer_convolution_is_part_of_it() -> None:
     assert found["xQ"].fate == found["yDQ"].fate == "kept"
 
 
+def test_a_lone_norm_becomes_a_convolution_of_the_blocked_layout() -> None:
+    middle = [
+        N("Relu", ["a"], ["r"], name="bend"),
+        N("BatchNormalization", ["r", "s", "s", "s", "s"], ["m"], name="norm"),
+    ]
+    row = rows(explain(models.between(middle, {"s": np.ones(16, np.float32)})))["norm"]
+    assert (row.fate, row.kernel, row.blocked, row.level) == ("rewritten", "Conv", True, "all")
+
+
 def test_a_branch_never_taken_is_removed() -> None:
     found = rows(explain(models.branches(constant=True)))
     assert found["choose"].how == "its condition is constant: then_branch took its place"

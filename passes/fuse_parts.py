@@ -6,6 +6,7 @@
     Split(Concat(x, y, z))                  ->  x, y, z               at the same borders; or Concats of some
     Split(Split(x))                         ->  Split(x)
     Split(x), one part used                 ->  Slice(x)
+    Squeeze(Split(x)), each part one thick  ->  Gather(x, 0), Gather(x, 1) …
     Slice(x, 0, a), Slice(x, a, n)          ->  Split(x)              all of x, nothing twice
 
 Each is about intervals: a part is its source, an axis, a start and an end.
@@ -84,7 +85,7 @@ class _Round:
 
     def changes(self) -> Iterator[Change]:
         """Propose changes; Splits first, which may take all of a Concat."""
-        yield from self._by_rules({"Split": (self._of_concat, self._of_split, self._one_used)})
+        yield from self._by_rules({"Split": (self._of_concat, self._of_split, self._one_used, self._unstacked)})
         yield from self._by_rules({"Concat": (self._nested, self._adjacent)})
         for node in list(self.edit.graph.nodes):
             for tensor in node.outputs if not self.edit.removed(node) else ():
@@ -386,6 +387,37 @@ class _Round:
             self.edit.remove(node)
 
         yield Change(label(node), "Split -> Slice", "one part is used", apply)
+
+    def _unstacked(self, node: gs.Node) -> Iterator[Change]:
+        """Take parts of one element each out of x directly, where that axis goes anyway."""
+        axis, borders = self.axis(node, 0), self.borders(node)
+        used = [(i, t) for i, t in enumerate(node.outputs) if t.name and self.edit.is_used(t)]
+        if axis is None or borders is None or not used or any(borders[i + 1] - borders[i] != 1 for i, _ in used):
+            return
+        readers = [self.edit.sole_consumer(t) for _, t in used]
+        squeezes = [n for n in readers if n is not None and self._squeezes(n, axis)]
+        if len(squeezes) < len(used):
+            return
+
+        def apply() -> None:
+            self.applied = True
+            for (i, _), squeeze in zip(used, squeezes, strict=True):
+                old = squeeze.outputs[0]
+                replace_output(squeeze, old, gs.Variable.empty())
+                index = self.make.constant(f"{old.name}/index", np.asarray(borders[i], np.int64))
+                self.make.node("Gather", [node.inputs[0], index], [old], {"axis": axis}, like=[squeeze, node])
+                self.edit.remove(squeeze)
+            self.edit.remove(node)
+
+        yield Change(label(node), f"Split, {len(used)} Squeeze -> {len(used)} Gather", "one element each", apply)
+
+    def _squeezes(self, node: gs.Node, axis: int) -> bool:
+        """Tell whether a node of this graph is a Squeeze of one axis."""
+        if not is_standard(node, "Squeeze") or not self.edit.is_local(node) or refers(node):
+            return False
+        axes = parameter(node, "axes", self.opset)
+        rank = self.ctx.shapes.proved(node.inputs[0]).rank
+        return isinstance(axes, np.ndarray) and rank is not None and [int(a) % rank for a in axes.reshape(-1)] == [axis]
 
     def _tiles(self, tensor: gs.Tensor) -> Iterator[Change]:
         """Propose a Split for Slices that take all of a tensor, each element once."""

@@ -83,7 +83,7 @@ class _Sweep:
         self._seen.update(region.perms.items())
         cut = cheapest(self.edit, self.ctx, region)
         what = f"{cut.count_before} Transpose -> {cut.count_after}"
-        if cut.after >= cut.before:
+        if not cut.pays:
             if region.nodes or region.stuck is not None:
                 self.near.setdefault(label(node), Change(label(node), "move Transpose", _reason(region)))
             return

@@ -82,7 +82,7 @@ def grow(edit: Edit, ctx: Context, seed: gs.Tensor, perm: Perm, touched: set[int
                 return None
             if id(node) in fixed or id(node) in region.nodes or _is_border(region, node, port, held):
                 continue
-            made = flow(Site(node, edit, ctx), port, held)
+            made = _absorbed(node, port, held) or flow(Site(node, edit, ctx), port, held)
             if made is None or not _fits(region, node, made, ctx):
                 fixed.add(id(node))
                 region.stuck = region.stuck or node
@@ -105,14 +105,28 @@ def _ports(edit: Edit, tensor: gs.Tensor) -> Iterator[tuple[gs.Node, Port]]:
 
 def _is_border(region: Region, node: gs.Node, port: Port, perm: Perm) -> bool:
     """Take down a Transpose that does or undoes the permutation: one that swaps two tensors of the region, once."""
-    if not is_standard(node, "Transpose"):
+    found = perm_of(node) if is_standard(node, "Transpose") else None
+    if found is None:
         return False
-    found = perm_of(node)
-    if found is not None and port[0] == "in" and found == perm and id(node) not in region.sources:
+    if id(node) in region.sources or id(node) in region.sinks:
+        return True
+    if port[0] == "in" and found == perm:
         region.sinks[id(node)] = node
-    if found is not None and port[0] == "out" and found == inverse(perm) and id(node) not in region.sinks:
+    elif port[0] == "out" and found == inverse(perm):
         region.sources[id(node)] = node
+    else:
+        return False
     return True
+
+
+def _absorbed(node: gs.Node, port: Port, perm: Perm) -> Flow | None:
+    """Return how a Transpose of another permutation takes one on at one end, whatever is at the other."""
+    found = perm_of(node) if is_standard(node, "Transpose") else None
+    if found is None:
+        return None
+    if port[0] == "in":
+        return Flow({0: perm}, {}, {"perm": [perm.index(a) for a in found]})
+    return Flow({}, {0: perm}, {"perm": [found[a] for a in perm]})
 
 
 def _tensors(node: gs.Node, made: Flow) -> Iterator[tuple[gs.Tensor, Perm]]:
@@ -150,6 +164,12 @@ class Cut:
     count_before: int
     count_after: int
 
+    @property
+    def pays(self) -> bool:
+        """Whether it costs less; more Transposes than before must move half as much, or less."""
+        fewer = self.count_after <= self.count_before
+        return self.after < self.before and (fewer or 2 * self.after <= self.before)
+
 
 def cost(region: Region, tensor: gs.Tensor, ctx: Context) -> int:
     """Return what transposing a tensor of the region costs."""
@@ -170,7 +190,7 @@ def ends(edit: Edit, region: Region, tensor: gs.Tensor) -> tuple[int | None, lis
     The last value tells whether a Transpose wants it permuted.
     """
     producer = tensor.inputs[0] if tensor.inputs else None
-    maker = id(producer) if producer is not None and id(producer) in region.nodes else None
+    maker = id(producer) if producer is not None and _makes_moved(region, producer, tensor) else None
     readers: list[int | None] = [None] if edit.is_output(tensor) else []
     wanted = False
     for node in edit.consumers(tensor):
@@ -180,6 +200,11 @@ def ends(edit: Edit, region: Region, tensor: gs.Tensor) -> tuple[int | None, lis
         moving = region.flows[id(node)].inputs if id(node) in region.nodes else {}
         readers += {id(node) if i in moving else None for i, t in enumerate(node.inputs) if t is tensor} or {None}
     return maker, readers, wanted
+
+
+def _makes_moved(region: Region, node: gs.Node, tensor: gs.Tensor) -> bool:
+    made = region.flows.get(id(node))
+    return made is not None and any(node.outputs[i] is tensor for i in made.outputs)
 
 
 def is_source(region: Region, tensor: gs.Tensor) -> bool:

@@ -201,6 +201,20 @@ def split(b: Builder) -> None:
         b.node("Concat", [n for n, _ in made], shape, axis=axis)
 
 
+def unstack(b: Builder) -> None:
+    """Part an axis into its elements, and drop it."""
+    name, shape = b.pick()
+    axis = b.static_axis(shape)
+    if axis is None or not 1 < int(shape[axis]) < 5 or len(shape) < 2:
+        return
+    count, rest = int(shape[axis]), shape[:axis] + shape[axis + 1 :]
+    held = {} if b.opset < 18 else {"num_outputs": count}
+    parts = b.many("Split", [name], [[*shape[:axis], 1, *shape[axis + 1 :]]] * count, axis=axis, **held)
+    del b.values[-count:]
+    for part, wide in parts:
+        b.axes("Squeeze", part, [axis - len(wide) * int(b.rng.integers(0, 2))], rest)
+
+
 def cut(b: Builder, name: str, shape: list[Size], axis: int, start: int, end: int, step: int = 1) -> None:
     left = len(range(int(shape[axis]))[start:end:step])
     inputs = [name, b.const([start]), b.const([end]), b.const([axis - len(shape) * int(b.rng.integers(0, 2))])]
@@ -316,7 +330,7 @@ FAMILIES: dict[str, tuple[Step, ...]] = {
     "transposes": (transpose, transpose, transpose_back, transpose_back, unary, with_constant, with_itself, reduce,
                    softmax, concat, split, slice_, pad, squeeze, unsqueeze, gather, matmul),
     "views": (reshape, reshape, squeeze, unsqueeze, transpose, reduce, unary, with_itself, expand),
-    "parts": (split, slices, concat, slice_, gather, pad, unary, with_itself, reshape),
+    "parts": (split, unstack, slices, concat, slice_, gather, pad, unary, with_itself, reshape),
     "tails": (tail, tail, slice_, gather, with_constant, matmul, softmax, reshape, reduce, transpose, with_itself),
     "casts": (there_and_back, transpose, reshape, concat, slice_, unary, with_itself, unsqueeze),
 }  # fmt: skip

@@ -26,7 +26,7 @@ Describe: TypeAlias = Callable[[onnx.TensorProto], bytes]
 SMALL = 1024
 """Bytes up to which a tensor's values count: shapes, axes and the like."""
 
-LARGEST = 1 << 30
+LARGEST = 1 << 28
 """Bytes of weights above which ORT is not asked to write its graph."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from graphopt import registry, spec
 from graphopt.base import Pass
 from graphopt.decisions import Selection
+from graphopt.errors import GateMissedError
 from graphopt.judge import Candidate, Comparison, Judge, negligible, shared
 from graphopt.pipeline import Pipeline, Result, Site
 from graphopt.ratio import Ratio
@@ -224,7 +225,11 @@ class Search:
             family.reason = family.reason or "not measured: no time was left"
             return None
         self.judge.progress(f"running without or with {family.name}")
-        result = self.run(selection)
+        try:
+            result = self.run(selection)
+        except GateMissedError as error:  # outputs are checked, since a pass has failed before
+            family.reason = family.reason or f"not measured: {error.what}"
+            return None
         return selection, self.judge.candidate(result.model), result
 
     def _take_if(self, other: tuple[Selection, Candidate, Result], better: bool) -> None:

@@ -18,7 +18,7 @@ from graphopt.importer import (
     origin,
     paused_gc,
     shell_of,
-    tensor_type,
+    stated_type,
     unchanged,
 )
 from graphopt.tensors import LazySparse, LazyTensor, encode, encode_into, onnx_dtype, same_dtype
@@ -251,12 +251,9 @@ def _still_says(info: ValueInfoProto, tensor: gs.Variable, *, compare_type: bool
         return False
     if not compare_type:
         return True
-    dtype, shape, kind = tensor_type(info)
-    return same_dtype(dtype, tensor.dtype) and shape == _shape_list(tensor) and kind == tensor.type
-
-
-def _shape_list(tensor: gs.Variable) -> list[int | str | None] | None:
-    return None if tensor.shape is None else list(tensor.shape)
+    dtype, shape, kind = stated_type(tensor, info)
+    present = None if tensor.shape is None else tuple(tensor.shape)
+    return kind == tensor.type and same_dtype(dtype, tensor.dtype) and shape == present
 
 
 def variable_info(tensor: gs.Variable) -> ValueInfoProto:

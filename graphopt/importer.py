@@ -24,6 +24,7 @@ from graphopt.errors import ModelError
 from graphopt.tensors import LazySparse, LazyTensor, numpy_dtype
 
 Values: TypeAlias = LazyTensor | LazySparse | np.ndarray[Any, Any]
+StatedType: TypeAlias = tuple[np.dtype[Any] | None, tuple[int | str | None, ...] | None, str]
 Resolve: TypeAlias = Callable[[TensorProto], Values]
 """Gives the values of a tensor whose data is not inside its proto."""
 
@@ -369,8 +370,18 @@ def holds_external(messages: Iterable[Any]) -> bool:
 
 def annotate(variable: gs.Variable, info: ValueInfoProto) -> None:
     """Give a variable the type that `info` states, and keep `info` beside it."""
-    variable.dtype, variable.shape, variable.type = tensor_type(info)
+    variable.dtype, variable.shape, variable.type = dtype, shape, kind = tensor_type(info)
     variable.origin = info
+    variable.stated = info, (dtype, None if shape is None else tuple(shape), kind)
+
+
+def stated_type(variable: gs.Variable, info: ValueInfoProto) -> StatedType:
+    """Return (dtype, shape, kind) that `info` states, decoded once where it is what the variable came with."""
+    held, known = variable.__dict__.get("stated", (None, None))
+    if held is info and known is not None:
+        return known  # type: ignore[no-any-return]  # an attribute of a class that is not typed
+    dtype, shape, kind = tensor_type(info)
+    return dtype, None if shape is None else tuple(shape), kind
 
 
 def decode_attribute(attribute: AttributeProto) -> object:

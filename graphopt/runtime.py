@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -54,13 +55,15 @@ def _import_ort() -> Any:
 def distributions() -> list[str]:
     """Return the installed distributions that provide the package `onnxruntime`."""
     names = sorted({distribution for _, distribution in PROVIDERS.values()})
-    found = []
-    for name in names:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return [f"{name} {version}" for name in names if (version := _installed(name)) is not None]
+
+
+@functools.cache  # looked up in the files of the installation, which takes a millisecond each
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _reinstall() -> str:

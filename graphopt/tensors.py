@@ -7,6 +7,7 @@ is still the one loaded here is known to be unedited and its proto is emitted as
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import sys
@@ -38,6 +39,7 @@ _BITS = {
 _FIELD_BITS = {kind: bits for kind, bits in _BITS.items() if bits != 6}  # int32_data holds 6-bit elements one by one
 
 
+@functools.cache
 def numpy_dtype(data_type: int) -> np.dtype[Any] | None:
     """Return the NumPy (or ml_dtypes) dtype of a `TensorProto.DataType`, None for 0 and unknown numbers."""
     try:
@@ -52,7 +54,11 @@ def onnx_dtype(dtype: np.dtype[Any] | type[Any]) -> int:
     Raises:
         ModelError: ONNX has no such type.
     """
-    dtype = np.dtype(dtype)
+    return _onnx_dtype(np.dtype(dtype))
+
+
+@functools.cache
+def _onnx_dtype(dtype: np.dtype[Any]) -> int:
     if dtype.kind in "OSU":
         return int(TensorProto.STRING)
     try:
@@ -107,7 +113,9 @@ class LazyTensor(gs.ir.tensor.LazyValues):  # type: ignore[misc]
         self.data = data
         self.shape = tuple(proto.dims)
         self.nbytes = byte_size(proto.data_type, proto.dims, proto.name)
-        self.dtype = np.dtype(helper.tensor_dtype_to_np_dtype(proto.data_type))
+        dtype = numpy_dtype(proto.data_type)
+        assert dtype is not None  # or its size would not be known
+        self.dtype = dtype
         self._check_size()
         self._loaded: weakref.ref[np.ndarray[Any, Any]] | None = None
 

@@ -81,9 +81,9 @@ def _gain(node: gs.Node) -> int:
         return 1 if outputs % 4 == 0 else -1
     if group > 1:
         return 1 if size > 1 and depth % BLOCK == 0 and outputs // group % BLOCK == 0 else -1
-    if -(-outputs // BLOCK) * BLOCK > WASTE * outputs:
-        return -1
-    return int(size > 1)
+    if outputs % 4 or (depth >= BLOCK and depth % 4):
+        return 0  # never blocked, whatever its rank
+    return -1 if -(-outputs // BLOCK) * BLOCK > WASTE * outputs else int(size > 1)
 
 
 class _Lift:

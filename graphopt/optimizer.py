@@ -60,6 +60,7 @@ CLEANUP = ", ".join(
 LOWERING = ", ".join(
     (
         "lower-conv1d",
+        "lower-upsampling",
         "widen-channels",
         "lower-pools",
         "lower-affine",

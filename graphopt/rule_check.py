@@ -86,7 +86,11 @@ def _try(rule: type[Rule], case: Case, report: RuleReport) -> None:
     if before is None or not all(_sound(v) for v in before.values()):
         return
     model = load(case.model)
-    fired, refused = apply_rule(model, rule)
+    try:
+        fired, refused = apply_rule(model, rule)
+    except Exception as error:  # noqa: BLE001  (a rule may be anybody's code, and this is where it is tried)
+        report.problems.append(f"{case.what}: it raised {type(error).__name__}: {error}")
+        return
     if not fired:
         report.silent += case.expect == "silent"
         report.refused += case.expect == "fires" and refused > 0

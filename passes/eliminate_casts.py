@@ -35,6 +35,9 @@ _MOVED: dict[str, int | None] = {
 }  # fmt: skip
 """Operators that move elements of any type -> how many of their inputs do (None: all)."""
 
+_NAMED = 16
+"""Operators that are looked at, once something is known to stand against it, for Casts to report."""
+
 _LARGE = 4096
 """Elements of constants that are converted, too."""
 
@@ -77,7 +80,7 @@ class _Tree:
 def _tree(edit: Edit, root: gs.Tensor) -> _Tree:
     """Return what moves the elements of `root`, up to Casts and constants."""
     found, waiting, seen = _Tree(), [root], set[int]()
-    while waiting:
+    while waiting and not (found.why and len(found.nodes) >= _NAMED):
         tensor = waiting.pop()
         if is_constant(tensor):
             found.constants.append(tensor)

@@ -82,6 +82,7 @@ class _Round:
         self.opset = int(edit.graph.opset)
         self.applied = False
         self.near: list[Change] = []
+        self._parts: dict[int, dict[int, _Part]] = {}
 
     def changes(self) -> Iterator[Change]:
         """Propose changes; Splits first, which may take all of a Concat."""
@@ -108,6 +109,10 @@ class _Round:
         shape = self.ctx.shapes.proved(tensor).shape
         found = None if shape is None or axis >= len(shape) else shape[axis]
         return found if isinstance(found, int) else None
+
+    def _is_used(self, tensor: gs.Tensor) -> bool:
+        """Tell whether anybody reads a part, in time that does not grow with what else they read."""
+        return bool(tensor.name) and (self.edit.is_output(tensor) or bool(self.edit.consumers(tensor)))
 
     def axis(self, node: gs.Node, default: int | None) -> int | None:
         """Return a node's axis from the left, None where it is not known."""
@@ -145,11 +150,17 @@ class _Round:
     def _cut(self, node: gs.Node, tensor: gs.Tensor) -> _Part | None:
         if node.op == "Slice":
             return self._slice(node)
+        if id(node) not in self._parts:
+            self._parts[id(node)] = self._split_parts(node)
+        return self._parts[id(node)].get(id(tensor))
+
+    def _split_parts(self, node: gs.Node) -> dict[int, _Part]:
+        """Return the interval of each output of a Split, by id; none where they are not known."""
         axis, borders = self.axis(node, 0), self.borders(node)
         if axis is None or borders is None or len(borders) != len(node.outputs) + 1:
-            return None
-        i = next(i for i, t in enumerate(node.outputs) if t is tensor)
-        return _Part(node.inputs[0], axis, borders[i], borders[i + 1], node)
+            return {}
+        ends = zip(node.outputs, pairwise(borders), strict=True)
+        return {id(t): _Part(node.inputs[0], axis, start, end, node) for t, (start, end) in ends}
 
     def _slice(self, node: gs.Node) -> _Part | None:
         """Return the interval that a Slice of one axis takes, None where it takes anything else."""
@@ -244,9 +255,7 @@ class _Round:
         makers = {id(t.inputs[0]): t.inputs[0] for t in run}
         inside = {id(t) for t in run}
         made = [t for n in makers.values() for t in n.outputs]
-        return all(
-            self.edit.sole_consumer(t) is not None if id(t) in inside else not self.edit.is_used(t) for t in made
-        )
+        return all(self.edit.sole_consumer(t) is not None if id(t) in inside else not self._is_used(t) for t in made)
 
     def _joined(self, run: Sequence[gs.Tensor], node: gs.Node) -> gs.Tensor:
         """Return one tensor for a run."""
@@ -373,7 +382,7 @@ class _Round:
 
     def _one_used(self, node: gs.Node) -> Iterator[Change]:
         axis, borders = self.axis(node, 0), self.borders(node)
-        used = [i for i, t in enumerate(node.outputs) if t.name and self.edit.is_used(t)]
+        used = [i for i, t in enumerate(node.outputs) if self._is_used(t)]
         if axis is None or borders is None or len(used) != 1 or len(node.outputs) < 2 or self.opset < 10:
             return
         (i,) = used
@@ -391,7 +400,7 @@ class _Round:
     def _unstacked(self, node: gs.Node) -> Iterator[Change]:
         """Take parts of one element each out of x directly, where that axis goes anyway."""
         axis, borders = self.axis(node, 0), self.borders(node)
-        used = [(i, t) for i, t in enumerate(node.outputs) if t.name and self.edit.is_used(t)]
+        used = [(i, t) for i, t in enumerate(node.outputs) if self._is_used(t)]
         if axis is None or borders is None or not used or any(borders[i + 1] - borders[i] != 1 for i, _ in used):
             return
         readers = [self.edit.sole_consumer(t) for _, t in used]

@@ -158,8 +158,9 @@ class Judge:
         return self.deadline - time.monotonic()
 
     def compare(
-        self, a: Candidate, b: Candidate, what: str, looks: Sequence[float], decided: Decided, confidence: float
-    ) -> Comparison:
+        self, a: Candidate, b: Candidate, what: str, looks: Sequence[float], decided: Decided, confidence: float,
+        *, least: int = 1, settled: Callable[[Ratio], bool] = lambda _: False,
+    ) -> Comparison:  # fmt: skip
         """Return the time of `b` over that of `a`.
 
         Args:
@@ -169,17 +170,20 @@ class Judge:
             looks: seconds of each look, under each condition.
             decided: tells whether a look is enough.
             confidence: of each look's intervals.
+            least: looks that are taken, if it is not decided, even when it is late.
+            settled: tells of a condition's ratio that it needs no further look.
         """
         if a.same_as(b):
             return Comparison(same=True)
-        found = Comparison()
+        found: dict[str, Ratio] = {}
         for number, seconds in enumerate(looks):
-            found = Comparison({c.label: self._look(a, b, c, seconds, confidence, what) for c in self.conditions})
-            if decided(found) or number + 1 == len(looks):
+            open_ = [c for c in self.conditions if c.label not in found or not settled(found[c.label])]
+            if number >= least and self.left < (seconds + self.overhead) * len(open_):
                 break
-            if self.left < (looks[number + 1] + self.overhead) * len(self.conditions):
+            found.update({c.label: self._look(a, b, c, seconds, confidence, what) for c in open_})
+            if decided(Comparison(found)):
                 break
-        return found
+        return Comparison(found)
 
     def _look(
         self, a: Candidate, b: Candidate, condition: Condition, seconds: float, confidence: float, what: str

@@ -338,9 +338,26 @@ def test_the_gate_looks_longer_while_it_is_open(clock: Clock) -> None:
     assert result.report.decision == "input kept"
     assert "could not be shown to be no slower" in str(result.report.reason)
     clock.calls.clear()
+    assert optimized("profit-cleanup", budget=0.0).report.decision == "input kept"
+    assert [call["budget_s"] for call in clock.calls] == list(LOOKS[:2])
+    clock.calls.clear()
     clock.width = 0.01
     assert optimized("profit-cleanup", budget=1e3).report.decision == "optimized"
     assert [call["budget_s"] for call in clock.calls] == [LOOKS[0]]
+
+
+def test_only_what_is_open_is_looked_at_again(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[tuple[int, float]] = []
+
+    def rough(*_: Any, **options: Any) -> Ratio:
+        looked.append((options["threads"], options["budget_s"]))
+        high = 1.1 if options["threads"] == 2 and options["budget_s"] < LOOKS[1] else 1.0
+        conditions = {"threads": options["threads"], "provider": "cpu", "clock": "wall"}
+        return Ratio(0.95, 0.9, high, 0.95, 12, 6, conditions)
+
+    monkeypatch.setattr("graphopt.judge.quick_ratio", rough)
+    assert optimized("profit-cleanup", threads=[1, 2]).report.decision == "optimized"
+    assert looked == [(1, LOOKS[0]), (2, LOOKS[0]), (2, LOOKS[1])]
 
 
 def test_without_time_defaults_stand_and_the_gate_is_still_kept(clock: Clock) -> None:

@@ -1,10 +1,11 @@
-"""Constants too small to matter, as zeros: x86 computes with denormal numbers a hundred times slower.
+"""Constants too small to matter, as zeros: many processors compute with denormal numbers a hundred times slower.
 
-A number below the smallest normal one (1.2e-38 in float32) costs an assist of the microcode each time it is an operand
-or a result.  So do products of numbers that are merely close to it: in a tensor whose largest element is of usual size,
-everything below 2^-80 of that goes too, if it is below 1e-30.  Trained networks have such weights in dead channels
-(weight decay drives them there), and folding multiplies small numbers into smaller ones.  The change is far below
-half a unit in the last place of any sum with the tensor's large elements.
+A number below the smallest normal one (1.2e-38 in float32) may cost an assist of the microcode each time it is an
+operand or a result.  So may products of numbers that are merely close to it: in a tensor whose largest element is of
+usual size, everything below 2^-80 of that goes too, if it is below 1e-30.  Trained networks have such weights in dead
+channels (weight decay drives them there; PP-OCR's detector and recogniser have some in 16 tensors), and folding
+multiplies small numbers into smaller ones.  The change is far below half a unit in the last place of any sum with the
+tensor's large elements.  Not every processor minds: on an AMD EPYC with AVX-512 it makes no difference (1.00).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Convolutions of enlarged images, computed before enlarging: one convolution per phase of the output.
 
     Conv(Resize_nearest(x, s), w)  ->  DepthToSpace(Concat(Conv(x, w_pq) for p, q < s), s)
+    Conv(Concat(Resize_nearest(x, s), y), w)  ->  the same of x, + Conv(y, w')
     f(DepthToSpace(Concat(xs)))    ->  DepthToSpace(Concat(f(x) for x in xs))
 
 Output row s·i + p reads rows floor((s·i + p + a - pad) / s) = i + floor((p + a - pad) / s) of x, for each row a of w:
@@ -26,6 +27,9 @@ Array = np.ndarray[Any, Any]
 
 PRODUCTS = 256
 """Multiplications saved for each element of the output, from which putting phases together pays."""
+
+SUM = 128
+"""The same for adding the result to another."""
 
 _FLOOR = {
     ("asymmetric", "floor"),
@@ -109,34 +113,85 @@ class UpsampledConv(Rule):
 
     @staticmethod
     def worth(scales: Constant, w: Constant, m: Match) -> str | None:
-        scale, (_, channels, rows, columns) = _scale(scales.values), w.values.shape
-        window = _window(m, (rows, columns))
-        assert window is not None
-        sums = [
-            sum(len(set(_offsets(p, scale, k, d, pad))) for p in range(scale))
-            for k, d, pad in zip((rows, columns), *window, strict=False)
-        ]
-        saved = (rows * columns * scale * scale - sums[0] * sums[1]) * channels / (scale * scale)
-        return None if saved >= PRODUCTS else f"{saved:.0f} products saved for each output are too few ({PRODUCTS})"
+        return _too_few(m, _scale(scales.values), w.values.shape, PRODUCTS)
 
     @staticmethod
     def rewrite(op: Op, x: Value, scales: Constant, w: Constant, b: Constant | None, m: Match) -> Value:
-        scale = _scale(scales.values)
-        window = _window(m, w.values.shape[2:])
-        assert window is not None
-        phases = []
-        for p in range(scale):
-            for q in range(scale):
-                rows, columns = (
-                    _offsets(phase, scale, w.values.shape[2 + i], window[0][i], window[1][i])
-                    for i, phase in enumerate((p, q))
-                )
-                kernel = _folded(_folded(w.wide, 2, rows), 3, columns)
-                pads = [-min(rows), -min(columns), max(rows), max(columns)]
-                if min(pads) < 0:  # a phase that reads the image's inside only: zeros widen its kernel to the middle
-                    kernel, pads = _widened(kernel, pads)
-                phases.append(op.Conv(x, kernel, b, pads=pads, kernel_shape=list(kernel.shape[2:])))
-        return op.DepthToSpace(op.Concat(*phases, axis=1), blocksize=scale, mode="DCR")
+        return _phases(op, x, _scale(scales.values), w.wide, b, m)
+
+
+class UpsampledAndSkippedConv(Rule):
+    """Conv(Concat(Resize_nearest(x, s), y), w)  ->  DepthToSpace(Concat(Conv(x, w_pq)…), s) + Conv(y, w')"""
+
+    min_opset = 13
+    types = frozenset({"float32"})
+    shapes: ClassVar = {"x": "n c h v", "w": "m d k l"}
+
+    @staticmethod
+    def examples(rng: np.random.Generator) -> dict[str, Any]:
+        """Return two images for three channels of the kernel."""
+        found = UpsampledConv.examples(rng)
+        tall, broad = (round(size * s) for size, s in zip((4, 5), found["scales"][2:], strict=True))
+        return {**found, "x": (1, 1, 4, 5), "y": (1, 2, tall, broad)}
+
+    @staticmethod
+    def pattern(
+        op: Op, x: Value, y: Value, roi: Value | None, scales: Constant, w: Constant, b: Constant | None
+    ) -> Value:
+        up = op.Resize(x, roi, scales, mode="nearest", name="resize")
+        both = op.any(op.Concat(up, y, axis=1, name="first"), op.Concat(y, up, axis=1, name="last"))
+        return op.Conv(both, w, b, name="conv")
+
+    @staticmethod
+    def check(x: Value, scales: Constant, w: Constant, m: Match) -> str | None:
+        if x.shape is None or not isinstance(x.shape[1], int):
+            return "the number of enlarged channels is unknown"
+        return UpsampledConv.check(scales, w, m)
+
+    @staticmethod
+    def worth(x: Value, scales: Constant, w: Constant, m: Match) -> str | None:
+        assert x.shape is not None
+        shape = (w.values.shape[0], int(x.shape[1] or 0), *w.values.shape[2:])
+        return _too_few(m, _scale(scales.values), shape, PRODUCTS + SUM)
+
+    @staticmethod
+    def rewrite(op: Op, x: Value, y: Value, scales: Constant, w: Constant, b: Constant | None, m: Match) -> Value:
+        assert x.shape is not None
+        channels = int(x.shape[1] or 0)
+        parts = np.split(w.wide, [channels if "first" in m else w.values.shape[1] - channels], axis=1)
+        large, small = parts if "first" in m else reversed(parts)
+        return _phases(op, x, _scale(scales.values), large, None, m) + m["conv"].again(y, small, b)
+
+
+def _too_few(m: Match, scale: int, shape: Sequence[int], wanted: int) -> str | None:
+    """Return that phases save less than `wanted` products for each output, if they do."""
+    _, channels, rows, columns = shape
+    window = _window(m, (rows, columns))
+    assert window is not None
+    sums = [
+        sum(len(set(_offsets(p, scale, k, d, pad))) for p in range(scale))
+        for k, d, pad in zip((rows, columns), *window, strict=False)
+    ]
+    saved = (rows * columns * scale * scale - sums[0] * sums[1]) * channels / (scale * scale)
+    return None if saved >= wanted else f"{saved:.0f} products saved for each output are too few ({wanted})"
+
+
+def _phases(op: Op, x: Value, scale: int, w: Array, b: Value | None, m: Match) -> Value:
+    """Return the convolution of the enlarged image."""
+    window = _window(m, w.shape[2:])
+    assert window is not None
+    phases = []
+    for p in range(scale):
+        for q in range(scale):
+            rows, columns = (
+                _offsets(phase, scale, w.shape[2 + i], window[0][i], window[1][i]) for i, phase in enumerate((p, q))
+            )
+            kernel = _folded(_folded(w, 2, rows), 3, columns)
+            pads = [-min(rows), -min(columns), max(rows), max(columns)]
+            if min(pads) < 0:  # a phase that reads the image's inside only: zeros widen its kernel to the middle
+                kernel, pads = _widened(kernel, pads)
+            phases.append(op.Conv(x, kernel, b, pads=pads, kernel_shape=list(kernel.shape[2:])))
+    return op.DepthToSpace(op.Concat(*phases, axis=1), blocksize=scale, mode="DCR")
 
 
 def _widened(kernel: Array, pads: Sequence[int]) -> tuple[Array, list[int]]:
@@ -191,4 +246,4 @@ class LowerUpsampling(RulePass):
     name: ClassVar[str] = "lower-upsampling"
     stage: ClassVar[Literal["canonical", "lowering"]] = "lowering"
     optional: ClassVar[bool] = True
-    rules: ClassVar = (UpsampledConv, ActivationOfPhases)
+    rules: ClassVar = (UpsampledConv, UpsampledAndSkippedConv, ActivationOfPhases)

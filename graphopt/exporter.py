@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -324,7 +325,7 @@ def encode_attribute(node: gs.Node, name: str, value: object, original: Attribut
         return value
     if isinstance(value, gs.Node.AttributeRef):
         return AttributeProto(name=name, type=value.type, ref_attr_name=value.name)
-    wanted = original.type if original is not None else _schema_type(node, name)
+    wanted = original.type if original is not None else _schema_type(node.op, node.domain or "", name)
     value = _plain(value)
     if isinstance(value, np.ndarray):
         return helper.make_attribute(name, encode(value, ""))
@@ -355,9 +356,10 @@ def _cast(value: Any, wanted: int) -> Any:
     return value
 
 
-def _schema_type(node: gs.Node, name: str) -> int | None:
+@functools.cache
+def _schema_type(op: str, domain: str, name: str) -> int | None:
     try:
-        schema = onnx.defs.get_schema(node.op, node.domain or "")
+        schema = onnx.defs.get_schema(op, domain)
     except onnx.defs.SchemaError:
         return None
     attribute: Any = schema.attributes.get(name)

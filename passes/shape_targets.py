@@ -9,6 +9,7 @@
 
 A Reshape to -1 fails where another axis that its target names is empty.  So -1 is only put where the others are
 surely not empty, or where the computed target had it, too (and no `allowzero`, with which ORT takes both).
+Where all axes but one keep their product, that one has to keep its size, whatever the model calls it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.facts import Fact, Site
-from graphopt.analysis.symbolic_expr import Expr, Size, at_most, equal, quotient, subtract
+from graphopt.analysis.symbolic_expr import Expr, Size, at_most, equal, product, quotient, subtract
 from graphopt.analysis.symbolic_shapes import crops, resized_axes, slice_plan
 from graphopt.analysis.uniform import uniform_of
 
@@ -78,6 +79,8 @@ def constant_target(source: Sequence[Size] | None, target: Sequence[Any], *, all
         else:
             found.append(None)
     missing = [axis for axis, wanted in enumerate(found) if wanted is None]
+    if len(missing) == 1 and source is not None and _stays(source, target, missing[0]):
+        found[missing[0]], missing = 0, []
     if len(missing) + found.count(-1) > 1:
         return f"axes {missing} of its target are sizes that the input does not have there"
     if missing and not nonempty:
@@ -85,6 +88,14 @@ def constant_target(source: Sequence[Size] | None, target: Sequence[Any], *, all
     if allowzero and -1 in found and not nonempty:
         return "with allowzero its -1 holds beside an empty axis, which a copied one does not"
     return [-1 if wanted is None else wanted for wanted in found]
+
+
+def _stays(source: Sequence[Size], target: Sequence[Any], axis: int) -> bool:
+    """Tell whether an axis has to keep its size, because all the others together keep theirs."""
+    if axis >= len(source) or any(size is None or size in (0, -1) for size in target):
+        return False
+    others = product(size for place, size in enumerate(target) if place != axis)
+    return others == product(size for place, size in enumerate(source) if place != axis)
 
 
 def expand(site: Site) -> Finding:

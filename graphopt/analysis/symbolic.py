@@ -108,7 +108,7 @@ class Symbolic:
         try:
             found = self._node(node, opset)
         except TooComplexError:
-            found = []
+            found = onnx_inference.infer(node, opset, [self.of(t) for t in node.inputs], self.fresh)
         for index, tensor in enumerate(node.outputs):
             if tensor.name:
                 self._keep(tensor, found[index] if index < len(found) else UNKNOWN)

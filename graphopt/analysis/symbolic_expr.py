@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 MOST_TERMS = 16
 """Terms and factors from which on an expression is not followed any more."""
 
+
+LONGEST = 1000
+"""Characters of a symbol's name."""
 
 LARGEST = 1 << 48
 """Factors from which on int64 might wrap around."""
@@ -27,10 +30,11 @@ class TooComplexError(ValueError):
 
 
 class Symbol(NamedTuple):
-    """An unknown integer: its name, and the least that it can be (None: not known)."""
+    """An unknown integer: its name, the least that it can be (None: not known), and what it is the minimum … of."""
 
     name: str
     low: int | None = 0
+    parts: tuple[Any, ...] = ()
 
 
 Product: TypeAlias = tuple[Symbol, ...]
@@ -66,9 +70,15 @@ class Expr:
 Size: TypeAlias = int | Expr
 
 
-def symbol(name: str, low: int | None = 0) -> Expr:
-    """Return the expression that is one symbol."""
-    return Expr({(Symbol(name, low),): 1})
+def symbol(name: str, low: int | None = 0, parts: tuple[Size, ...] = ()) -> Expr:
+    """Return the expression that is one symbol.
+
+    Raises:
+        TooComplexError: its name is longer than anybody reads.
+    """
+    if len(name) > LONGEST:
+        raise TooComplexError
+    return Expr({(Symbol(name, low, parts),): 1})
 
 
 def _terms(a: Size) -> Mapping[Product, int]:
@@ -219,8 +229,20 @@ def maximum(a: Size, b: Size) -> Size:
 
 
 def _of_two(name: str, a: Size, b: Size, least: int | None) -> Size:
-    first, second = sorted((str(a), str(b)))
-    return symbol(f"{name}({first}, {second})", least)
+    """Return a symbol for an operation for which neither order, nor grouping, nor saying a thing twice matters."""
+    parts = {str(part): part for size in (a, b) for part in _parts(name, size)}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    return symbol(f"{name}({', '.join(sorted(parts))})", least, tuple(parts[text] for text in sorted(parts)))
+
+
+def _parts(name: str, a: Size) -> tuple[Size, ...]:
+    """Return what `a` is the minimum … of, or `a` itself."""
+    if isinstance(a, Expr) and len(a.terms) == 1:
+        ((factors, count),) = a.terms.items()
+        if count == 1 and len(factors) == 1 and factors[0].name.startswith(f"{name}("):
+            return factors[0].parts
+    return (a,)
 
 
 def broadcast(a: Size, b: Size) -> Size | None:

@@ -10,6 +10,7 @@ as many elements as the input by its symbols: `[n*t, 4] -> [n, t, 4]` is what co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -34,6 +35,12 @@ from graphopt.analysis.symbolic_expr import (
 )
 from graphopt.analysis.symbolic_layers import BOOL, INT64, LAYERS, Facts, Rule, broadcast_shapes, first_like
 from graphopt.tensors import numpy_dtype
+
+_END = (1 << 31) - 1
+"""From here on, a Slice goes to the end of an axis."""
+
+_MEMORY = 1 << 47
+"""Bytes that a process can address."""
 
 
 def _same(site: Site) -> Facts:
@@ -248,7 +255,10 @@ def _slice(site: Site) -> Facts:
     if plan is None:
         return first_like(site, site.unknown_shape(len(shape)))
     for axis, (start, end, step) in plan.items():
-        size = None if start is None or end is None or step is None else _sliced(shape[axis], start, end, step)
+        size = None
+        if start is not None and end is not None and step is not None:
+            far = _far(site, axis)
+            size = _sliced(shape[axis], _near(start, far), _near(end, far), step)
         sizes[axis] = site.fresh() if size is None else size
     return first_like(site, tuple(sizes))
 
@@ -282,6 +292,19 @@ def slice_plan(site: Site, rank: int) -> dict[int, Cut] | None:
     }
 
 
+def _far(site: Site, axis: int) -> int:
+    """Return a place that no axis reaches: END, or less where so many elements would not fit into any memory."""
+    fact = site.fact()
+    others = [d for i, d in enumerate(fact.shape or ()) if i != axis]
+    if fact.dtype is None or not all(isinstance(d, int) and d > 0 for d in others):
+        return _END
+    return min(_END, _MEMORY // (math.prod(d for d in others if isinstance(d, int)) * fact.dtype.itemsize) + 1)
+
+
+def _near(place: Size, far: int) -> Size:
+    return _END if isinstance(place, int) and place >= far else place
+
+
 def _sliced(size: Size, start: Size, end: Size, step: int) -> Size | None:
     if step < 0:
         if isinstance(size, int) and isinstance(start, int) and isinstance(end, int):
@@ -298,7 +321,7 @@ def _sliced(size: Size, start: Size, end: Size, step: int) -> Size | None:
 def _place(size: Size, place: Size) -> Size | None:
     """Return where a Slice begins or ends, counted from the left and within the axis."""
     if at_most(0, place):
-        return size if isinstance(place, int) and place >= (1 << 31) - 1 else minimum(place, size)
+        return size if isinstance(place, int) and place >= _END else minimum(place, size)
     if isinstance(place, int):
         return 0 if place < -(1 << 31) + 1 else maximum(add(size, place), 0)
     if at_most(add(place, 1), 0):

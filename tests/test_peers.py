@@ -93,6 +93,21 @@ def test_judge_tells_what_is_wrong(tmp_path: Path, text: str, status: str) -> No
     assert bool(found["why"]) == (status != "ok" and found["error"] is None)
 
 
+def test_what_the_checker_refuses_and_ort_runs_is_invalid_and_timed(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(RELU)
+    model.ir_version = 3
+    model.graph.node[0].op_type = "Max"
+    model.graph.node[0].input.append("zero")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(2, np.float32), "zero"))
+    onnx.save(model, tmp_path / "old.onnx")
+    feed = {"x": np.array([-1.0, 2.0], np.float32)}
+    found = judge(str(tmp_path / "old.onnx"), [feed], [{"y": np.array([0.0, 2.0], np.float32)}], valid=True)
+    assert found["status"] == "invalid"
+    assert found["error"] == 0.0
+    assert Row(status="invalid", error=0.0).runs_right
+    assert not Row(status="invalid").runs_right
+
+
 def test_a_crash_and_a_hang_are_rows(relu: Path, tmp_path: Path) -> None:
     fails = script(tmp_path / "fails", "echo 'no such pass' >&2; exit 3")
     hangs = script(tmp_path / "hangs", "exec sleep 30")

@@ -141,7 +141,7 @@ def run_model(model: str, settings: Settings) -> dict[str, Row]:
             _join(rows[OURS], judged.pop(measured(n), found))
         for name, found in judged.items():
             rows[name].update({**found, "error": _worst(rows[name].error, found.get("error"))})
-        good = [name for name in rows if rows[name].status == "ok"]
+        good = [name for name, row in rows.items() if row.runs_right]
         feed = next(zoo.feeds(model, 0, shapes=SHAPES.get(model)))
         for n in THREADS:
             files = {name: folder / f"{measured(n) if name == OURS else name}.onnx" for name in good}

@@ -85,16 +85,16 @@ def judge(path: str, feeds: Sequence[Feed], reference: Sequence[Feed], *, valid:
     try:
         if valid:
             onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:  # ORT may run it all the same
+        found.update(status="invalid", why=_line(error))
+    try:
         given = outputs(path, feeds, "off")
         outputs(path, feeds[:1], "all")
-    except onnx.checker.ValidationError as error:
-        return {**found, "status": "invalid", "why": _line(error)}
     except GraphoptError as error:
-        return {**found, "status": "broken", "why": _line(error)}
-    errors = [largest_error(a, b) for a, b in zip(reference, given, strict=True)]
-    found["error"], found["why"] = max(errors)
+        return found if found["why"] else {**found, "status": "broken", "why": _line(error)}
+    found["error"], why = max(largest_error(a, b) for a, b in zip(reference, given, strict=True))
     if found["error"] > WRONG:
-        found["status"] = "wrong outputs"
+        found.update(status="wrong outputs", why=why)
     if math.isinf(found["error"]):
         found["error"] = None
     return found

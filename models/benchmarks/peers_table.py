@@ -44,7 +44,7 @@ CLOCKS = {1: "Processor time of the one thread.", 2: "Wall time."}
 ERRORS = """\
 Largest difference from the original's outputs, as a part of the largest element of that output, over two feeds, ONNX
 Runtime's optimisations off. *wrong outputs*: above 1e-4, or of another shape or type; *invalid*: refused by ONNX's
-checker; *broken*: refused by ONNX Runtime; *crash*, *time limit*: of the optimizer.
+checker (an error beside it: ONNX Runtime runs it all the same, and it is timed); *broken*: refused by ONNX Runtime; *crash*, *time limit*: of the optimizer.
 """
 
 TIMES = """\
@@ -74,6 +74,11 @@ class Row:
     error: float | None = None
     calls: list[dict[str, float]] = field(default_factory=list)
     latency: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def runs_right(self) -> bool:
+        """Whether ONNX Runtime runs the result and gives the right outputs, valid or not."""
+        return self.status == "ok" or (self.status == "invalid" and self.error is not None)
 
     @property
     def seconds(self) -> float:

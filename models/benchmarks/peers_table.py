@@ -44,7 +44,8 @@ CLOCKS = {1: "Processor time of the one thread.", 2: "Wall time."}
 ERRORS = """\
 Largest difference from the original's outputs, as a part of the largest element of that output, over two feeds, ONNX
 Runtime's optimisations off. *wrong outputs*: above 1e-4, or of another shape or type; *invalid*: refused by ONNX's
-checker (an error beside it: ONNX Runtime runs it all the same, and it is timed); *broken*: refused by ONNX Runtime; *crash*, *time limit*: of the optimizer.
+checker (an error beside it: ONNX Runtime runs it all the same, and it is timed); *broken*: refused by ONNX Runtime;
+*crash*, *time limit*: of the optimizer.
 """
 
 TIMES = """\

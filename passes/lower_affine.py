@@ -167,7 +167,7 @@ def _pad_apart(site: AffineSite, conv: gs.Node, x: gs.Tensor, value: gs.Tensor) 
 
 
 def _norm(site: AffineSite, chain: list[gs.Node], both: tuple[Array, Array], x: gs.Tensor, out: gs.Tensor) -> gs.Node:
-    return norm_node(site, both, x, out, np.dtype(np.float32), name=label(chain[-1]), like=chain)
+    return norm_node(site, both, x, out, np.dtype(np.float32), name=chain[-1].name, like=chain)
 
 
 def _depthwise(
@@ -177,7 +177,7 @@ def _depthwise(
     weight = site.constant(f"{out.name}/weight", both[0].reshape(size, 1, 1, 1).astype(np.float32))
     bias = site.constant(f"{out.name}/bias", both[1].astype(np.float32))
     attrs = {"group": size, "kernel_shape": [1, 1]}
-    return make_node("Conv", [x, weight, bias], [out], attrs, name=label(chain[-1]), like=chain)
+    return make_node("Conv", [x, weight, bias], [out], attrs, name=chain[-1].name, like=chain)
 
 
 def _blocked(node: gs.Node) -> bool:

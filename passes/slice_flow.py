@@ -18,7 +18,7 @@ from graphopt.analysis.constants import is_constant, refers
 from graphopt.ops import BROADCASTING, REDUCTIONS, UNARY, is_standard
 
 from .fuse_views import Size, product, reshaped
-from .transpose_flow import Site
+from .transpose_flow import SINCE, Site
 
 Dims = tuple[int | str | None, ...]
 
@@ -42,7 +42,7 @@ def needs(site: Site, axis: int) -> Needs | None:
     """Return what a part of the only used output, along `axis`, needs; None where that is all, or not known."""
     node = site.node
     make = _NEEDS.get(node.op)
-    if make is None or not is_standard(node) or refers(node):
+    if make is None or site.opset < SINCE or not is_standard(node) or refers(node):
         return None
     if any(site.edit.is_used(t) for t in node.outputs[1:]):
         return None
@@ -196,8 +196,10 @@ def _flatten(site: Site, axis: int) -> Needs | None:
 
 
 def _norm(*allowed: int) -> Callable[[Site, int], Needs | None]:
-    def make(_: Site, axis: int) -> Needs | None:
-        return Needs({0: axis}, work=4.0) if axis in allowed else None
+    def make(site: Site, axis: int) -> Needs | None:
+        if axis not in allowed or site.node.attrs.get("training_mode", 0):
+            return None
+        return Needs({0: axis}, work=4.0)
 
     return make
 

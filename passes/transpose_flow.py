@@ -33,6 +33,10 @@ Port = tuple[str, int]
 """("in" or "out", index)."""
 
 
+SINCE = 9
+"""Operator set from which on operators broadcast and normalise as it is told here."""
+
+
 @dataclass
 class Flow:
     """How a node computes on permuted tensors.
@@ -81,7 +85,9 @@ def flow(site: Site, port: Port, perm: Perm) -> Flow | None:
     """Return how a node computes when the tensor at `port` has a permutation; None where it cannot, or may not."""
     node = site.node
     make = _FLOWS.get(node.op)
-    if make is None or not is_standard(node) or refers(node) or any(t.is_empty() for t in node.inputs[:1]):
+    if make is None or site.opset < SINCE or not is_standard(node) or refers(node):
+        return None
+    if any(t.is_empty() for t in node.inputs[:1]):
         return None
     return make(site, port, perm)
 

@@ -120,9 +120,10 @@ class Linear:
 
     def write(self) -> None:
         """Give the node its new constants."""
-        dtype = self.values.dtype
-        new = (self.values.astype(np.float64) * self.out * self.into).astype(dtype)
-        self.site.put(self.node, self.weight, f"{self.base}/affine", new)
+        dtype, factor = self.values.dtype, self.out * self.into
+        if (factor != 1).any() or id(self.node.inputs[self.weight]) in self.site.own:
+            new = (self.values.astype(np.float64) * factor).astype(dtype)
+            self.site.put(self.node, self.weight, f"{self.base}/affine", new)
         if self.bias_input is not None and self.bias is not None:
             base = f"{self.node.outputs[0].name}/bias"
             self.site.put(self.node, self.bias_input, base, self.bias.astype(dtype))

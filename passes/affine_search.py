@@ -24,8 +24,11 @@ from . import affine_flow, affine_joins, affine_weights
 from .affine_rule import Carried, Found, Rule
 from .affine_site import MANY, SHARED_BYTES, AffineSite
 
-BUDGET = 96
-"""Rules that are asked for one plan."""
+REACH = 96
+"""Tasks on the way of one plan."""
+
+EFFORT = 4 * REACH
+"""Tasks that are looked at for one plan, blind alleys among them."""
 
 BACK: dict[str, Rule] = {**affine_flow.BACK, **affine_joins.BACK, **affine_weights.BACK}
 FORE: dict[str, Rule] = {**affine_flow.FORE, **affine_joins.FORE, **affine_weights.FORE}
@@ -91,7 +94,8 @@ class Search:
 
     def __init__(self, site: AffineSite, avoid: Iterable[gs.Node]) -> None:
         self.site = site
-        self.left = BUDGET
+        self.left = REACH
+        self.effort = EFFORT
         self.avoid = {id(n) for n in avoid}
         self.seen: set[tuple[int, str]] = set()
 
@@ -107,8 +111,9 @@ class Search:
         if task.given.identity:
             return self._solve(rest)
         self.left -= 1
-        if self.left < 0:
-            return f"it would reach more than {BUDGET} nodes"
+        self.effort -= 1
+        if self.left < 0 or self.effort < 0:
+            return "it would reach too far"
         if (reason := self._unfit(task)) is not None:
             return reason
         if task.kind == "fore":
@@ -184,8 +189,9 @@ class Search:
         if not linear and ((id(node), "fore") in self.seen or (id(node), "back") in self.seen):
             return f"'{label(node)}' is reached twice"
         self.seen.add((id(node), kind))
-        reason = "no way"
+        reason, left = "no way", self.left
         for way in found:
+            self.left = left
             tasks = [
                 *(Task("fore", node.outputs[i], m) for i, m in way.forward),
                 *(Task("back", node.inputs[i], m, node) for i, m in way.backward),
@@ -225,7 +231,8 @@ class Search:
         own = self.site.affine(node)
         if own is None:
             return None
-        ways = [self._as_one(node, given.then(own))]
+        both = given.then(own)
+        ways = [self._past(node, both, forward=((0, both),)), self._as_one(node, both)]
         if node.op == "Add" and given.scales and (inverse := given.scale_inverse()) is not None:
             after = Affine.of(1.0, (given.shift + own.shift) * inverse.scale)
             ways.append(self._kept(node, after, forward=((0, given.scale_part),)))
@@ -239,7 +246,8 @@ class Search:
         if own is None:
             return None
         index = next(i for i, t in enumerate(node.inputs) if not is_constant(t))
-        ways = [self._as_one(node, own.then(given))]
+        whole = own.then(given)
+        ways = [self._past(node, whole, backward=((index, whole),)), self._as_one(node, whole)]
         if node.op == "Add" and given.scales:
             before = Affine.of(1.0, own.shift * given.scale + given.shift)
             ways.append(self._kept(node, before, backward=((index, given.scale_part),)))
@@ -252,8 +260,19 @@ class Search:
 
     @staticmethod
     def _best(ways: Sequence[Carried | None]) -> Found:
-        found = sorted((w for w in ways if w is not None), key=lambda w: -w.gain)
-        return found or "the merged numbers do not fit"
+        return sorted((w for w in ways if w is not None), key=lambda w: -w.gain)
+
+    def _past(self, node: gs.Node, whole: Affine, **tasks: Any) -> Carried | None:
+        """Return the way to take an affine node along: it goes, and the next one has to do both maps."""
+        source, out = self.site.source(node), node.outputs[0]
+        if whole.identity and (self.site.edit.is_output(out) or self.site.edit.why_not_bypass(out, source)):
+            return None
+
+        def do() -> None:  # its source may have gone the same way by now
+            replace_uses(out, self.site.source(node))
+            self.site.edit.remove(node)
+
+        return Carried(do=do, gain=1, **tasks)
 
     def _as_one(self, node: gs.Node, whole: Affine) -> Carried | None:
         """Return the way to let nodes for another map stand for an affine node."""

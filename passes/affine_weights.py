@@ -70,7 +70,7 @@ def _conv_fore(site: AffineSite, node: gs.Node, index: int, given: Affine) -> Fo
     if index != 0:
         return "it is a weight there"
     if given.shifts and padded(node):
-        return f"{node.op} '{node.name}' is padded with zeros, which the shift would change"
+        return "it is padded with zeros, which the shift would change"
     record = linear(site, node, Conv)
     return record if isinstance(record, str) else _absorb_in(record, given, 1)
 

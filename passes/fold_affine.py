@@ -317,7 +317,7 @@ def _residual(site: AffineSite, add: gs.Node) -> Change | None:
         if mul is None or not is_standard(mul, "Mul") or len(mul.inputs) != 2 or not site.edit.is_local(mul):
             continue
         factor = next((t for i, t in enumerate(mul.inputs) if mul.inputs[1 - i] is x), None)
-        if factor is None or is_constant(factor) or factor is x:
+        if factor is None or is_constant(factor) or is_constant(x) or factor is x:
             continue
         if (reason := site.why_not_read(product, add)) is not None or not _smaller(site, factor, x):
             why = reason or f"'{factor.name}' is not known to be smaller than '{x.name}'"

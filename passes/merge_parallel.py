@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import array_of, parameter, refers
 from graphopt.base import Change, Context, Pass
-from graphopt.edit import Edit, label, make_node
+from graphopt.edit import Edit, label, make_node, replace_output
 from graphopt.ops import MOVED_TO_INPUT, UNARY, is_standard
 from graphopt.registry import register
 from graphopt.tensors import is_float
@@ -227,21 +227,20 @@ class _Site:
         def apply() -> None:
             ends = [(b.nodes()[: len(b.nodes()) - len(b.tail) + common])[-1].outputs[0] for b in apart]
             nodes = self._merged(apart, common)
-            split = self._split(nodes[-1].outputs[0], apart)
+            for end in ends:
+                replace_output(end.inputs[0], end, gs.Variable.empty())
+            split = self._split(nodes[-1].outputs[0], apart, ends)
             self.edit.insert_after(apart[0].node, [*nodes, split])
-            for made, end in zip(list(split.outputs), ends, strict=True):
-                self.edit.hand_over(split, made, end)
             for branch in apart:
                 for node in branch.nodes()[: len(branch.nodes()) - len(branch.tail) + common]:
                     self.edit.remove(node)
 
         yield Change(label(apart[0].node), what, "fewer blocks of outputs", apply)
 
-    def _split(self, tensor: gs.Tensor, branches: Sequence[_Branch]) -> gs.Node:
+    def _split(self, tensor: gs.Tensor, branches: Sequence[_Branch], outputs: Sequence[gs.Tensor]) -> gs.Node:
         sizes = np.array([b.width for b in branches], np.int64)
         rank = self.ctx.shapes.proved(branches[0].node.inputs[0]).rank
         axis = 1 if branches[0].node.op == "Conv" else -1 if rank is None else rank - 1
-        outputs = [gs.Variable(self.ctx.fresh_name(f"{b.end.name}/part"), tensor.dtype) for b in branches]
         name = self.ctx.fresh_name(f"{tensor.name}/Split")
         if self.opset < MOVED_TO_INPUT["Split", "split"][0]:
             return make_node("Split", [tensor], outputs, {"axis": axis, "split": sizes.tolist()}, name=name)
@@ -274,7 +273,8 @@ class _Site:
         inside = {id(b.node) for b in branches}
         for branch in branches:
             size = math.prod(branch.weight.shape) * branch.weight.dtype.itemsize
-            if size > LARGE and any(id(n) not in inside for n in self.edit.consumers(branch.weight)):
+            others = (n for n in branch.weight.outputs if id(n) not in inside and not self.edit.removed(n))
+            if size > LARGE and next(others, None) is not None:
                 return f"constant '{branch.weight.name}' is used elsewhere, too"
         return None
 

@@ -253,7 +253,8 @@ class _Widening:
             tensor = node.inputs[index]
             if not isinstance(tensor, gs.Constant):
                 raise _RefusedError(f"input {index} of {node.op} '{label(node)}' is not constant")
-            if int(np.prod(tensor.shape)) * 4 > LARGE and len(self.edit.consumers(tensor)) > 1:
+            others = (n for n in tensor.outputs if n is not node and not self.edit.removed(n))
+            if int(np.prod(tensor.shape)) * 4 > LARGE and next(others, None) is not None:
                 raise _RefusedError(f"constant '{tensor.name}' is used elsewhere, too")
 
     def apply(self, group: _Group, wanted: int) -> None:

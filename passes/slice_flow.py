@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analysis.constants import is_constant, refers
-from graphopt.ops import BROADCASTING, REDUCTIONS, UNARY, is_standard
+from graphopt.analysis.constants import is_constant, is_deterministic, refers
+from graphopt.ops import BROADCASTING, REDUCTIONS, UNARY
 
 from .fuse_views import Size, product, reshaped
 from .transpose_flow import SINCE, Site
@@ -42,7 +42,7 @@ def needs(site: Site, axis: int) -> Needs | None:
     """Return what a part of the only used output, along `axis`, needs; None where that is all, or not known."""
     node = site.node
     make = _NEEDS.get(node.op)
-    if make is None or site.opset < SINCE or not is_standard(node) or refers(node):
+    if make is None or site.opset < SINCE or not is_deterministic(node, site.opset) or refers(node):
         return None
     if any(site.edit.is_used(t) for t in node.outputs[1:]):
         return None

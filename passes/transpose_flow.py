@@ -14,6 +14,7 @@ input or output and says, where the operator can live with it, the others'.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +22,10 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analysis.constants import Unknown, array_of, is_constant, parameter, refers
+from graphopt.analysis.constants import Unknown, array_of, is_constant, is_deterministic, parameter, refers
 from graphopt.base import Context
 from graphopt.edit import Edit
-from graphopt.ops import BROADCASTING, MOVED_TO_INPUT, REDUCTIONS, UNARY, is_standard
+from graphopt.ops import BROADCASTING, MOVED_TO_INPUT, REDUCTIONS, UNARY
 from graphopt.rewrite import LARGE
 
 Array = np.ndarray[Any, Any]
@@ -85,7 +86,7 @@ def flow(site: Site, port: Port, perm: Perm) -> Flow | None:
     """Return how a node computes when the tensor at `port` has a permutation; None where it cannot, or may not."""
     node = site.node
     make = _FLOWS.get(node.op)
-    if make is None or site.opset < SINCE or not is_standard(node) or refers(node):
+    if make is None or site.opset < SINCE or not is_deterministic(node, site.opset) or refers(node):
         return None
     if any(t.is_empty() for t in node.inputs[:1]):
         return None
@@ -146,8 +147,9 @@ def _broadcasting(site: Site, _: Port, perm: Perm) -> Flow | None:
 
 def _permuted(site: Site, tensor: gs.Tensor, perm: Perm) -> Array | None:
     """Return a constant operand for a permuted result, None where that would keep a large one twice."""
-    size = int(np.prod(tensor.shape)) * (tensor.dtype.itemsize if tensor.dtype is not None else 8)
-    if size > LARGE and site.edit.sole_consumer(tensor) is None:
+    known = site.ctx.shapes.proved(tensor)
+    large = known.static is None or known.dtype is None or math.prod(known.static) * known.dtype.itemsize > LARGE
+    if large and site.edit.sole_consumer(tensor) is None:
         return None
     values = array_of(tensor)
     if values is None:

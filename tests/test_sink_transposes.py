@@ -166,6 +166,32 @@ def test_subgraphs_that_read_a_tensor_see_it_as_it_was() -> None:
     assert ops(result)["Transpose"] == 1
 
 
+@pytest.mark.parametrize("pipeline", ["sink-transposes", "hoist-slices", "fuse-parts", "eliminate-casts"])
+def test_branches_of_old_models_get_constant_nodes(pipeline: str) -> None:
+    """Up to IR 3 a subgraph has no initializers."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 3, opset_import: ["": 12]>
+        g (float[2,3,4,6] x, bool flag) => (float[2,3,4,1] y) {
+          y = If(flag) <then_branch = t () => (float[2,3,4,1] u) {
+            v = Constant<value = float[6] {1, 2, 3, 4, 5, 6}>()
+            a = Transpose<perm = [0, 2, 3, 1]>(x) v1 = Constant<value = float[3] {1, 2, 3}>() b = Mul(a, v1)
+            d = Transpose<perm = [0, 3, 1, 2]>(b)
+            e = Cast<to = 11>(d) half = Constant<value = double[2,3,4,1] {0.5, 1.5, 2.5, 0.5, 1.5, 2.5, 0.5, 1.5, 2.5,
+              0.5, 1.5, 2.5, 0.5, 1.5, 2.5, 0.5, 1.5, 2.5, 0.5, 1.5, 2.5, 0.5, 1.5, 2.5}>()
+            h = Concat<axis = 3>(e, half) i = Cast<to = 1>(h)
+            one = Constant<value_ints = [1]>() two = Constant<value_ints = [2]>() seven = Constant<value_ints = [7]>()
+            axis = Constant<value_ints = [3]>() r = Relu(i) p = Slice(r, one, two, axis) q = Slice(r, two, seven, axis)
+            t = Concat<axis = 3>(p, q) j = Add(t, v) k = Exp(j) l = Sin(k) u = Slice(l, one, two, axis) },
+          else_branch = f () => (float[2,3,4,1] w) {
+            n = Constant<value_ints = [-1]>() w = ReduceMean<axes = [3]>(x) }> }"""
+    )
+    result = run(model, pipeline)
+    assert result.report.passes[0].status == "changed"
+    onnx.checker.check_model(result.proto, full_check=True)
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 6)).astype(np.float32)
+    assert_equal(model, result.proto, x=x, flag=np.array(True))
+
+
 def test_time_is_near_linear_in_nodes() -> None:
     """Ten times the nodes take less than 25 times the processor time."""
 

@@ -183,7 +183,12 @@ class GeluIntoWeights(Rule):
     @staticmethod
     def pattern(op: Op, x: Value, w: Constant, c: Value | None) -> Value:
         doubled = x * (op.Erf(x / ROOT_2) + 1.0)
-        return op.any(op.MatMul(doubled, w, name="product"), op.Gemm(doubled, w, c, name="product", transA=0))
+        return op.any(
+            op.MatMul(doubled, w, name="product"),
+            op.Gemm(doubled, w, c, name="product", transA=0),
+            op.Conv(doubled, w, c, name="product"),
+            op.ConvTranspose(doubled, w, c, name="product"),
+        )
 
     @staticmethod
     def rewrite(op: Op, x: Value, w: Constant, m: Match) -> Value:

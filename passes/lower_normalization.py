@@ -3,6 +3,7 @@
     group_norm(x, w, b)              ->  Reshape, InstanceNormalization, Reshape, BatchNormalization      0.4
     group_norm(x, 1, 0) * w + b      ->  the last of these for torch's form                               0.75
     x / sqrt(mean(x^2) + e) * w      ->  Pow, ReduceMean, Add, Sqrt, Div, Mul                  0.4, below opset 23
+    x / sqrt(mean(x^2) + e)          ->  the same, by a weight of ones                         0.5, below opset 23
 
 BatchNormalization with mean 0 and variance 1 is a product and a sum in one pass over memory.  ORT takes
 GroupNormalization apart into 28 operators.  It fuses RMSNorm in exactly the spelling on the right.
@@ -17,13 +18,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analysis.constants import is_constant
 from graphopt.base import Change, Context
 from graphopt.edit import Edit
 from graphopt.pattern import Array, Constant, Op, Scalar, Value
 from graphopt.registry import register
 from graphopt.rewrite import Match, RefusedError, Rewriter, Rule, RulePass
 
-from .fuse_normalization import LAST_AXES, average, examples_over, reduced_axes
+from .fuse_normalization import LAST_AXES, average, examples_over, reduced_axes, squared
 
 FLOAT32 = frozenset({"float32"})
 
@@ -136,6 +138,35 @@ class RmsForKernel(Rule):
         return x / op.Sqrt(op.ReduceMean(op.Pow(x, 2.0), axes=[-1], keepdims=1) + e) * w
 
 
+class BareRmsForKernel(Rule):
+    """x / sqrt(mean(x^2) + e)  ->  x / Sqrt(ReduceMean(Pow(x, 2)) + e) * ones
+
+    The same where there is no weight, or it has moved into what follows: ORT's kernel has one, half the time with it.
+    """
+
+    min_opset = 13
+    max_opset = 22
+    types = FLOAT32
+
+    @staticmethod
+    def pattern(op: Op, x: Value, e: Scalar, n: Scalar) -> Value:
+        root = op.Sqrt(average(op, squared(op, x), n, "variance") + e)
+        return op.any(x / root, x * op.any(op.Reciprocal(root), 1.0 / root))
+
+    @staticmethod
+    def examples(rng: np.random.Generator) -> dict[str, Any]:
+        return examples_over(rng, LAST_AXES[:2])
+
+    @staticmethod
+    def rewrite(op: Op, x: Value, e: Scalar, n: Scalar | None, m: Match) -> Value:
+        if any(reader.op == "Mul" and any(map(is_constant, reader.inputs)) for reader in m.out[0].tensor.outputs):
+            raise RefusedError("a weight follows")
+        axes, width = reduced_axes(m, x, n), (x.shape or (None,))[-1]
+        if axes != [(x.rank or 0) - 1] or not isinstance(width, int):
+            raise RefusedError("it is not over the last axis, or that is of unknown size")
+        return x / op.Sqrt(op.ReduceMean(op.Pow(x, 2.0), axes=[-1], keepdims=1) + e) * np.ones(width)
+
+
 @register
 @dataclass(frozen=True)
 class LowerNormalization(RulePass):
@@ -147,7 +178,7 @@ class LowerNormalization(RulePass):
     name: ClassVar[str] = "lower-normalization"
     stage: ClassVar[Literal["canonical", "lowering"]] = "lowering"
     optional: ClassVar[bool] = True
-    rules: ClassVar[tuple[type[Rule], ...]] = (GroupNormAffine, RmsForKernel)
+    rules: ClassVar[tuple[type[Rule], ...]] = (GroupNormAffine, RmsForKernel, BareRmsForKernel)
 
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose one change per normalisation, on CPU."""

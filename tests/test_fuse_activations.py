@@ -185,6 +185,15 @@ def test_a_half_that_went_into_weights_comes_back(product: str) -> None:
     assert_equal_outputs(before, after.model.proto)
 
 
+def test_a_half_that_went_into_a_convolution_comes_back() -> None:
+    constants = {**NUMBERS, "filter": np.random.default_rng(0).normal(size=(3, 4, 3, 3)), "bias": np.ones(3)}
+    body = "a = Div(x, root) b = Erf(a) c = Add(b, one) d = Mul(x, c) y = Conv<pads=[1, 1, 1, 1]>(d, filter, bias)"
+    before = parsed(body, inputs="float[N,4,6,6] x", outputs="float[N,3,6,6] y", constants=constants)
+    after = run(before, "lower-activations")
+    assert ops(after) == "Div Erf Add Mul Mul Conv"
+    assert_equal_outputs(before, after.model.proto)
+
+
 @pytest.mark.parametrize("shift", [-80.0, -15.0, -5.0, 25.0, 90.0])
 @pytest.mark.parametrize("body", ["y = Softplus(s)", "y = Mish(s)"])
 def test_tails_keep_their_digits(body: str, shift: float) -> None:

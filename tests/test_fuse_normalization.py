@@ -124,6 +124,16 @@ def test_rms_norm_below_is_spelled_for_ort(spelling: str) -> None:
     assert run(after.model.proto, "lower-normalization").report.passes[0].status != "changed"
 
 
+@pytest.mark.parametrize("quotient", ["y = Div(x, s)", "i = Reciprocal(s) y = Mul(x, i)"])
+def test_rms_norm_without_a_weight_gets_one(quotient: str) -> None:
+    body = f"p = Mul(x, x) v = ReduceMean<axes=[-1]>(p) e = Add(v, eps) s = Sqrt(e) {quotient}"
+    before = parsed(body, constants=NUMBERS)
+    after = run(before, "lower-normalization")
+    assert ops(after) == "Pow ReduceMean Add Sqrt Div Mul"
+    assert_equal_outputs(before, after.model.proto)
+    assert run(after.model.proto, "lower-normalization").report.passes[0].status != "changed"
+
+
 def test_group_norm_of_opset_21() -> None:
     body = "y0 = GroupNormalization<num_groups=2>(x, gw, gb) y = Relu(y0)"
     numbers = {"gw": np.linspace(0.5, 2, 4), "gb": np.linspace(-1, 1, 4)}

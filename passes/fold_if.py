@@ -2,6 +2,11 @@
 
     If(true) {then: … y}                    ->  … y
     If(c) {then: If(c) {…} …, else: …}      ->  If(c) {then: If(true) {…} …, else: …}
+    If(c) {then: x, else: y}                ->  … x      where the model could not go on with y
+
+The last is what exporters make of `squeeze`: one branch has an axis less, and only with it do later operators get the
+rank that they take.  With the other branch, the model stops with an error; without the If, it still does.
+
 
 Names of the branch that the model defines elsewhere, too, get new ones.
 """
@@ -17,12 +22,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import scalar_of
+from graphopt.analysis.symbolic import Symbolic
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, declare, label, make_node, nested_graphs, replace_output, subgraphs
 from graphopt.importer import origin
 from graphopt.model import Model
 from graphopt.ops import is_standard
 from graphopt.registry import register
+
+_MOST_TRIED = 32
+"""Ifs of a graph whose branches are tried."""
 
 
 @register
@@ -31,7 +40,8 @@ class FoldIf(Pass):
     """Replace If nodes whose condition is constant by the branch that runs.
 
     Exact, keeps the signature.  Conditions that are computed stay, but for those inside a branch of an If on the same
-    condition; fold-constants and simplify-shapes make constant first what they can.
+    condition, and those whose other branch leads to an error; fold-constants and simplify-shapes make constant first
+    what they can.
     """
 
     name: ClassVar[str] = "fold-if"
@@ -46,6 +56,8 @@ class FoldIf(Pass):
             for node in waiting:
                 if id(node.inputs[0]) in inner:
                     yield from _implied(graph, ctx, node)
+        if any(graph is g for g in _chosen_graphs(ctx.model)):
+            yield from _only_way(graph, ctx, waiting)
         defined = _definitions(ctx.model)
         while waiting:
             inlined: list[gs.Node] = []
@@ -66,6 +78,40 @@ class FoldIf(Pass):
 
                     yield Change(label(node), f"If -> its {chosen}", f"its condition is {bool(condition)}", apply)
             waiting = [n for n in inlined if is_standard(n, "If")]
+
+
+def _only_way(graph: gs.Graph, ctx: Context, nodes: list[gs.Node]) -> Iterator[Change]:
+    """Propose to make constant the conditions of Ifs whose one branch leads to what stops the model."""
+    with Edit(graph) as edit:
+        for node in nodes[:_MOST_TRIED]:
+            if scalar_of(node.inputs[0]) is not None or not _ranks_differ(ctx, node):
+                continue
+            for branch, other in (("else_branch", True), ("then_branch", False)):
+                reason = Symbolic(ctx.model, assumed={id(node): branch}, watched=graph).impossible
+                if reason is None:
+                    continue
+
+                def apply(node: gs.Node = node, other: bool = other) -> None:
+                    edit.set_input(node, 0, ctx.constant(f"{label(node)}/condition", np.array(other)))
+
+                yield Change(label(node), f"If -> If({other})", f"with its {branch}, {reason}", apply)
+                break
+
+
+def _chosen_graphs(model: Model) -> Iterator[gs.Graph]:
+    """Yield the main graph and the branches of Ifs within: graphs that run once or not at all."""
+    waiting = [model.graph]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        waiting += [g for n in graph.nodes if is_standard(n, "If") for g in subgraphs(n)]
+
+
+def _ranks_differ(ctx: Context, node: gs.Node) -> bool:
+    """Tell whether an output of an If has another rank in each branch."""
+    branches = [node.attrs[name].outputs for name in ("then_branch", "else_branch")]
+    shapes = [[ctx.shapes.proved(t).shape for t in outputs] for outputs in branches]
+    return any(a is not None and b is not None and len(a) != len(b) for a, b in zip(*shapes, strict=True))
 
 
 def _implied(graph: gs.Graph, ctx: Context, node: gs.Node) -> Iterator[Change]:

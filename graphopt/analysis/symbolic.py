@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis import onnx_inference, symbolic_shapes, symbolic_values
 from graphopt.analysis.constants import refers
 from graphopt.analysis.facts import UNKNOWN, Fact, Site, of_constant
+from graphopt.analysis.impossible import impossible
 from graphopt.analysis.symbolic_expr import Expr, Size, TooComplexError, symbol
 from graphopt.analysis.symbolic_layers import needed_sizes
 from graphopt.model import Model
@@ -36,9 +37,23 @@ class Symbolic:
     Args:
         model: what to look at; not changed.
         inputs: input name -> shape, where the model leaves dimensions open.
+        assumed: id of an If -> the attribute that holds the branch taken to run.
+        watched: the graph in which what is impossible counts, the main graph if None; no body of a loop.
+
+    Attributes:
+        impossible: why that graph cannot run, where one of its nodes gets what it never takes.
     """
 
-    def __init__(self, model: Model, inputs: Mapping[str, Sequence[int]] | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        inputs: Mapping[str, Sequence[int]] | None = None,
+        assumed: Mapping[int, str] | None = None,
+        watched: gs.Graph | None = None,
+    ) -> None:
+        self.impossible: str | None = None
+        self._watched = model.graph if watched is None else watched
+        self._assumed = dict(assumed or {})
         self._facts: dict[int, tuple[Fact, gs.Tensor]] = {}
         self._functions = {(f.domain or "", f.name): f for f in model.functions}
         self._calls = _MOST_CALLS
@@ -46,7 +61,7 @@ class Symbolic:
         self._base = ""
         self._opset = int(model.opset)
         self._low: dict[str, int] = {}
-        self._always = False
+        self._always = self._counts = False
         self._in_doubt = False
         self._walk(model, inputs or {})
         if self._low and self._in_doubt:
@@ -100,6 +115,7 @@ class Symbolic:
         opset = int(graph.opset or self._opset)
         for node in graph.nodes:
             self._always = graph is self._main
+            self._counts = graph is self._watched
             self.follow(node, opset)
 
     def follow(self, node: gs.Node, opset: int) -> None:
@@ -126,7 +142,10 @@ class Symbolic:
             return []
         if node.op == "Constant":
             return [of_constant(node.outputs[0])]
-        return self._by_rule(Site(node, opset, [self.of(t) for t in node.inputs], self.fresh))
+        site = Site(node, opset, [self.of(t) for t in node.inputs], self.fresh)
+        if self._counts and self.impossible is None:
+            self.impossible = impossible(site)
+        return self._by_rule(site)
 
     def _by_rule(self, site: Site) -> Sequence[Fact]:
         rule = symbolic_shapes.RULES.get(site.node.op)
@@ -167,8 +186,14 @@ class Symbolic:
         return results
 
     def branches(self, node: gs.Node) -> Sequence[Fact]:
-        """Return the facts of an If: what all its branches agree on."""
+        """Return the facts of an If: of the branch that runs, else what both agree on."""
         graphs = [a for a in node.attrs.values() if isinstance(a, gs.Graph)]
+        condition = self.of(node.inputs[0]).known_values
+        chosen = self._assumed.get(id(node))
+        if chosen is None and condition is not None and condition.size == 1:
+            chosen = "then_branch" if condition.reshape(-1)[0] else "else_branch"
+        if chosen in node.attrs:
+            graphs = [node.attrs[chosen]]
         for graph in graphs:
             self._graph(graph)
         rows = zip(*([self.of(t) for t in g.outputs] for g in graphs), strict=False)

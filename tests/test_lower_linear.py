@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from graphopt.base import Target
+from graphopt.errors import SpecError
 from graphopt.pipeline import Pipeline, Result, Settings
 from graphopt.runtime import Session
 
@@ -103,7 +104,18 @@ STAYS = {
 @pytest.mark.parametrize("what", STAYS)
 def test_convolutions_without_gain_stay(what: str) -> None:
     proto = model(STAYS[what], w1=(16, 16, 1), w20=(20, 16, 3), w15=(15, 1, 3), w18=(16, 18, 3))
+    assert ops(run("lower-conv1d{seeds=all}", proto)) == {"Conv": 1}
+
+
+def test_other_convolutions_are_lifted_when_asked_for() -> None:
+    proto = model("g (float[N,16,8] x) => (float[N,16,6] y) { y = Conv(x, w) }", w=(16, 16, 3))
     assert ops(run("lower-conv1d", proto)) == {"Conv": 1}
+    assert ops(run("lower-conv1d{seeds=all}", proto)) == {"Unsqueeze": 1, "Conv": 1, "Squeeze": 1}
+
+
+def test_other_seeds_are_refused() -> None:
+    with pytest.raises(SpecError, match="no seeds"):
+        Pipeline("lower-conv1d{seeds=some}")
 
 
 @pytest.mark.parametrize("name", ["lower-conv1d", "widen-channels"])

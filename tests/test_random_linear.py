@@ -25,7 +25,7 @@ CLEANUP = (
     "repeat(canonicalize, fold-constants, expand-einsum, fuse-convs, fuse-linear, merge-parallel, "
     "eliminate-common, eliminate-dead)"
 )
-LOWERING = ("lower-conv1d", "widen-channels", "lower-pools", "flush-denormals")
+LOWERING = ("lower-conv1d{seeds=all}", "widen-channels", "lower-pools", "flush-denormals")
 PIPELINE = ", ".join([CLEANUP, *LOWERING, "eliminate-dead"])
 
 CHANNELS = 4

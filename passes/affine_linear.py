@@ -38,7 +38,8 @@ class Linear:
         self.into: Array = np.ones(())
         self.out: Array = np.ones(())
         self.bias: Array | None = self._bias()
-        self.base = node.inputs[self.weight].name
+        weight = node.inputs[self.weight]  # one name for thousands of copies would take quadratic time to make unique
+        self.base = f"{weight.name}/affine" if len(weight.outputs) == 1 else f"{node.outputs[0].name}/weight"
         self._peak: float | None = None
         self._taps: Array | None = None
 
@@ -123,7 +124,7 @@ class Linear:
         dtype, factor = self.values.dtype, self.out * self.into
         if (factor != 1).any() or id(self.node.inputs[self.weight]) in self.site.own:
             new = (self.values.astype(np.float64) * factor).astype(dtype)
-            self.site.put(self.node, self.weight, f"{self.base}/affine", new)
+            self.site.put(self.node, self.weight, self.base, new)
         if self.bias_input is not None and self.bias is not None:
             base = f"{self.node.outputs[0].name}/bias"
             self.site.put(self.node, self.bias_input, base, self.bias.astype(dtype))

@@ -24,7 +24,7 @@ from . import affine_flow, affine_joins, affine_weights
 from .affine_rule import Carried, Found, Rule
 from .affine_site import MANY, SHARED_BYTES, AffineSite
 
-REACH = 96
+REACH = 64
 """Tasks on the way of one plan."""
 
 EFFORT = 4 * REACH
@@ -223,7 +223,8 @@ class Search:
         further = self._solve(rest)
         if isinstance(further, str):
             return further
-        name = f"{task.tensor.name}/affine"
+        alone = len(task.tensor.outputs) == 1
+        name = f"{task.tensor.name}/affine" if alone else f"{reader.outputs[0].name}/constant"
         return (Step(None, lambda: site.put(reader, index, name, new), ()), *further)
 
     def _merge_fore(self, node: gs.Node, given: Affine) -> Found | None:

@@ -137,7 +137,8 @@ class AffineSite:
 
     def renamed(self, tensor: gs.Tensor, suffix: str = "affine") -> gs.Variable:
         """Return a new tensor for other values of the type of `tensor`."""
-        made = gs.Variable(self.ctx.fresh_name(f"{tensor.name}/{suffix}"), dtype=tensor.dtype)
+        base = tensor.name if tensor.name.endswith(f"/{suffix}") else f"{tensor.name}/{suffix}"
+        made = gs.Variable(self.ctx.fresh_name(base), dtype=tensor.dtype)
         self.ctx.shapes.learn(made, TensorType(self.dtype(tensor), self.shape(tensor)))
         return made
 

@@ -69,7 +69,7 @@ def test_alternating_activations_are_gone_through_once() -> None:
     nodes.append(helper.make_node("Conv", [name, "w"], ["y"]))
     constants = {"m": np.array(1.001, np.float32), "w": np.ones((2, 2, 1, 1), np.float32)}
     result = run(model_of(nodes, constants, shape=["N", 2, 4, 4], out=["N", 2, 4, 4]))
-    assert ops(result).count("Mul") <= 2_000 // 40  # a search looks some 50 nodes far
+    assert ops(result).count("Mul") <= 2_000 // 20  # a search looks some 30 nodes far
 
 
 def test_weights_are_rounded_once_however_many_maps_come() -> None:

@@ -66,6 +66,10 @@ _REPEATS = 16
 """Times that one tensor is rewritten without the graph getting smaller, until that is taken for oscillation."""
 
 
+_MOST_FIRINGS = 32
+"""Times that rules may fire for each node there was, until they are taken for endless."""
+
+
 class RefusedError(Exception):
     """Raised by a `rewrite` that finds a reason against itself."""
 
@@ -126,8 +130,9 @@ class Rule:
     """A rewrite: where `pattern` is found, and `check` and `worth` have nothing against it, `rewrite` goes there.
 
     The docstring's first line is the algebra.  `check(...)` returns why the rewriting would be wrong, `worth(...)`
-    why it would not pay; both None where it is fine.  They and `rewrite(op, ...)` name as parameters the captures
-    they need, and `m` for the whole `Match`.
+    why it would not pay; both None where it is fine.  `where(...)` keeps near misses out of the report that nobody would
+    take for one; what is wrong to rewrite is `check`'s to say, without it.  They and `rewrite(op, ...)` name as parameters the captures they need, and `m`
+    for the whole `Match`.
 
     Class attributes:
         min_opset, max_opset: operator sets in which both sides exist.
@@ -139,6 +144,7 @@ class Rule:
 
     pattern: ClassVar[Callable[..., Any]]
     rewrite: ClassVar[Callable[..., Any]]
+    where: ClassVar[Callable[..., bool] | None] = None
     check: ClassVar[Callable[..., str | None] | None] = None
     worth: ClassVar[Callable[..., str | None] | None] = None
     min_opset: ClassVar[int] = 1
@@ -163,7 +169,7 @@ class Rule:
             if not callable(getattr(cls, name, None)):
                 raise SpecError(f"the rule has no {name}", at=where, hint="two static methods: pattern and rewrite")
         cls.traced = trace(cls.pattern)
-        for name in ("rewrite", "check", "worth"):
+        for name in ("rewrite", "where", "check", "worth"):
             function = getattr(cls, name)
             unknown = set(_parameters(function)) - set(cls.traced.captures) - {"op", "m"} if function else set()
             if unknown:
@@ -237,7 +243,8 @@ class Rewriter:
         self.matcher = Matcher(edit)
         self.emitter = Emitter(edit, ctx, initializers=ctx.holds_initializers(edit.graph))
         self.index, self.depth = _indexed(tuple(rules))
-        self.near: dict[tuple[str, int], Change] = {}
+        self.near: dict[tuple[str, int], tuple[gs.Node, Change]] = {}
+        self.left = _MOST_FIRINGS * (len(edit.graph.nodes) + 1)
         self.repeats: Counter[str] = Counter()
         self.fired: dict[str, list[str]] = {}
 
@@ -263,7 +270,7 @@ class Rewriter:
                             queued.add(id(other))
                             waiting.append(other)
                     break
-        yield from self.near.values()
+        yield from (change for node, change in self.near.values() if not self.edit.removed(node))
 
     def _affected(self, new: Sequence[gs.Node]) -> Iterator[gs.Node]:
         """Yield the nodes at which a rule may match now: the new ones, and what reads them within its depth."""
@@ -287,7 +294,8 @@ class Rewriter:
             match = Match(bound, rule, self.ctx, self.opset)
             found = self._examine(rule, match)
             if isinstance(found, str):
-                self.near.setdefault(key, Change(label(node), f"{rule.__name__}: {rule.summary()}", found))
+                if found:
+                    self.near.setdefault(key, (node, Change(label(node), f"{rule.__name__}: {rule.summary()}", found)))
                 continue
             self.near.pop(key, None)
             return self._proposal(rule, node, match, found)
@@ -302,7 +310,9 @@ class Rewriter:
         return found
 
     def _examine(self, rule: type[Rule], match: Match) -> Replacement | str:
-        """Return what would replace a match, or why nothing may."""
+        """Return what would replace a match, or why nothing may (empty where it is none)."""
+        if rule.where is not None and not ask(rule.where, match):
+            return ""
         reason = self._guard(rule, match) or ask(rule.check, match) or ask(rule.worth, match)
         if reason:
             return str(reason)
@@ -382,6 +392,9 @@ class Rewriter:
         new = self.emitter.put(planned, match.tensors, replaced, rule.__name__)
         gone = self._drop(replaced)
         self.fired.setdefault(name, []).append(rule.__name__)
+        self.left -= 1
+        if self.left < 0:
+            raise InternalError(f"rules find no end: {rule.__name__} fires on '{name}' after all others")
         if len(new) >= gone:
             self.repeats[name] += 1
             if self.repeats[name] > _REPEATS:

@@ -194,10 +194,10 @@ MAKERS: Sequence[Callable[[Draft, np.random.Generator], Case | None]] = (
 )  # fmt: skip
 
 
-def cases(rule: type[Rule], seed: int = 0) -> Iterator[Case]:
-    """Yield cases without end; None of them is known to run in ORT."""
+def cases(rule: type[Rule], seed: int = 0, draws: int = 1000) -> Iterator[Case]:
+    """Yield the cases that come of so many draws; none of them is known to run in ORT."""
     rng = np.random.default_rng(seed)
-    for maker in itertools.cycle(MAKERS):
+    for maker in itertools.islice(itertools.cycle(MAKERS), draws):
         draft = draw(rule, rng)
         if draft is None:
             continue

@@ -277,10 +277,15 @@ class GatherOfRange(Rule):
         return op.Gather(x, i, name="gather")
 
     @staticmethod
+    def where(i: Constant) -> bool:
+        if i.rank != 1 or not 1 < i.size <= 1 << 16:
+            return False
+        steps = np.unique(np.diff(i.values.astype(np.int64)))
+        return bool(steps.size == 1 and steps[0] >= 1) or bool((i.values < 0).any())
+
+    @staticmethod
     def rewrite(op: Op, x: Value, i: Constant, m: Match) -> Value:
         axis = int(m["gather"].param("axis"))
-        if i.rank != 1 or not 1 < i.size <= 1 << 16:
-            raise RefusedError("the indices are not a list")
         size = None if x.shape is None else x.shape[axis]
         indices = i.values.astype(np.int64)
         if (indices < 0).any() and isinstance(size, int):

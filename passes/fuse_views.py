@@ -214,6 +214,10 @@ class TransposeOfOnes(Rule):
         return None if moved == sorted(moved) else "it moves axes that may be larger than 1"
 
     @staticmethod
+    def where(x: Value, m: Match) -> bool:
+        return TransposeOfOnes.check(x, m) is None
+
+    @staticmethod
     def rewrite(op: Op, x: Value, m: Match) -> Value:
         perm, sizes = numbers(m["t"].param("perm")), sizes_of(x)
         assert perm is not None

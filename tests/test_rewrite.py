@@ -516,3 +516,32 @@ def test_scalars_give_their_number() -> None:
 
     _, _, found = rewritten("g (float[2] x) => (float[2] y) <float[1] s = {3.0}> { y = Pow(x, s) }", Power)
     assert found.graph.nodes[0].inputs[1].values == 3.0
+
+
+def test_where_is_part_of_the_pattern_and_says_nothing() -> None:
+    class OfPairs(AddTwice):
+        """(x + a) + b  ->  x + (a + b)      x a matrix of two columns"""
+
+        @staticmethod
+        def where(x: Value) -> bool:
+            return x.shape is not None and x.shape[-1] == 2
+
+    text = "g (float[3,{n}] x) => (float[3,{n}] y) <float c = {{0.5}}> {{ t = Add(x, c)  y = Add(t, c) }}"
+    assert rewritten(text.format(n=2), OfPairs)[:2] == (["Add"], [])
+    assert rewritten(text.format(n=3), OfPairs)[:2] == (["Add", "Add"], [])
+
+
+def test_rules_that_find_no_end_are_stopped_and_named() -> None:
+    class Grow(Rule):
+        """Sin(x)  ->  Sin(Sin(x) + 1)"""
+
+        @staticmethod
+        def pattern(op: Op, x: Value) -> Value:
+            return op.Sin(x)
+
+        @staticmethod
+        def rewrite(op: Op, x: Value) -> Value:
+            return op.Cos(op.Sin(x))
+
+    with pytest.raises(InternalError, match="Grow"):
+        rewritten("g (float[2] x) => (float[2] y) { y = Sin(x) }", Grow)

@@ -130,9 +130,9 @@ class Rule:
     """A rewrite: where `pattern` is found, and `check` and `worth` have nothing against it, `rewrite` goes there.
 
     The docstring's first line is the algebra.  `check(...)` returns why the rewriting would be wrong, `worth(...)`
-    why it would not pay; both None where it is fine.  `where(...)` keeps near misses out of the report that nobody would
-    take for one; what is wrong to rewrite is `check`'s to say, without it.  They and `rewrite(op, ...)` name as parameters the captures they need, and `m`
-    for the whole `Match`.
+    why it would not pay; both None where it is fine.  `where(...)` keeps near misses out of the report that nobody
+    would take for one; what is wrong to rewrite is `check`'s to say, without it.  They and `rewrite(op, ...)` name as
+    parameters the captures they need, and `m` for the whole `Match`.
 
     Class attributes:
         min_opset, max_opset: operator sets in which both sides exist.

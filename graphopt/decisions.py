@@ -23,7 +23,7 @@ from graphopt.base import Target
 from graphopt.errors import GraphoptError, SpecError, did_you_mean
 from graphopt.external import atomic_write
 from graphopt.fingerprint import structure_of
-from graphopt.model import Model
+from graphopt.model import Model, Snapshot
 from graphopt.pipeline import Pipeline, Settings, Site
 
 Outcome = Literal["optimized", "canonicalized", "input kept"]
@@ -62,6 +62,8 @@ class Selection:
     def applied(self, pipeline: Pipeline) -> Pipeline | None:
         """Return the pipeline that does what is selected; None where no step is left."""
         steps = tuple(self._steps(pipeline.steps))
+        if steps == pipeline.steps:
+            return pipeline
         return Pipeline(steps) if steps else None
 
     def _steps(self, steps: Iterable[spec.Step]) -> Iterator[spec.Step]:
@@ -99,8 +101,9 @@ class Decisions:
 
     @classmethod
     def of(
-        cls, model: Model, pipeline: Pipeline | None, selection: Selection, settings: Settings, result: Outcome
-    ) -> Decisions:
+        cls, model: Model | Snapshot, pipeline: Pipeline | None, selection: Selection, settings: Settings,
+        result: Outcome,
+    ) -> Decisions:  # fmt: skip
         """Return what stands behind a result; `pipeline` is the one that made it (None: nothing was run)."""
         target = settings.target
         return cls(

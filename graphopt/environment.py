@@ -85,6 +85,7 @@ def usable_cores() -> int | None:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+@functools.cache  # the system looks at every core to write it: milliseconds
 def _cpu_info() -> dict[str, str]:
     """Return the first processor of /proc/cpuinfo, empty on other systems."""
     try:

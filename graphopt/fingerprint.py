@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
-from graphopt.model import Model
+from graphopt.model import Model, Snapshot
 from graphopt.runtime import Session
 
 Describe: TypeAlias = Callable[[onnx.TensorProto], bytes]
@@ -44,7 +44,7 @@ def runs_as(model: Model, *, provider: str = "cpu") -> str | None:
         return fingerprint(onnx.load(path), _by_effect) if path.exists() else None
 
 
-def structure_of(model: Model) -> str:
+def structure_of(model: Model | Snapshot) -> str:
     """Return the fingerprint of a model's own graph; the values of its weights do not count."""
     return fingerprint(model.skeleton(), _by_type)
 

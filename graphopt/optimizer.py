@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,7 @@ SEARCH_SHARE = 0.7
 """Part of the budget for what pays; the rest is for the last gate."""
 
 
+@functools.cache
 def default_pipeline(opset: int | None = DEFAULT_OPSET, stage: Stage = "lowering") -> Pipeline:
     """Return the passes of `optimize`.
 
@@ -225,7 +227,8 @@ class _Task:
         if found.result == "input kept":
             result = kept(self.original, result.report, "so it was decided before")
         report = result.report
-        report.decision, report.decisions = found.result, found.to_dict()
+        report.decision = found.result
+        report.decided(found.to_dict())
         report.reason = report.reason or f"as decided before{f' in {path}' if path else ''}"
         return result
 
@@ -241,9 +244,14 @@ class _Task:
         report = result.report
         if report.decision != "input kept":
             report.decision = outcome
-        made = None if outcome == "input kept" else selection.applied(self.pipeline)
-        used = selection.skipping(self.settings.skip) if made else Selection()
-        report.decisions = Decisions.of(self.original, made, used, self.settings, outcome).to_dict()
+        original, pipeline, settings = self.original.snapshot(), self.pipeline, self.settings
+
+        def decisions() -> dict[str, Any]:
+            made = None if outcome == "input kept" else selection.applied(pipeline)
+            used = selection.skipping(settings.skip) if made else Selection()
+            return Decisions.of(original, made, used, settings, outcome).to_dict()
+
+        report.decided(decisions)
         return result
 
     def _check_opset(self, report: Report) -> None:

@@ -85,13 +85,15 @@ def get(name: str) -> type[Pass]:
     Raises:
         SpecError: there is none.
     """
-    known = all_passes()
-    if name not in known:
+    _load_built_ins()
+    _load_entry_points()
+    if name not in _passes:
+        known = all_passes()
         raise SpecError(
             f"there is no pass '{name}'",
             hint=did_you_mean(name, known) or f"the passes: {', '.join(known)}; your own come with --plugin",
         )
-    return known[name]
+    return _passes[name]
 
 
 def all_passes() -> dict[str, type[Pass]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,7 +53,6 @@ class Report:
         timing: what the last gate measured under the condition that was worst, and `conditions` (None: not measured).
         families: what each optional pass brings, and what became of it.
         measured: threads, shapes, budget, and all that the last gate tried.
-        decisions: what repeats this run without measuring.
     """
 
     model: str
@@ -69,11 +68,25 @@ class Report:
     timing: dict[str, Any] | None = None
     families: list[dict[str, Any]] = field(default_factory=list)
     measured: dict[str, Any] | None = None
-    decisions: dict[str, Any] | None = None
     decision: str = "optimized"
     reason: str | None = None
     seconds: float = 0.0
     environment: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin without decisions."""
+        self._decisions: dict[str, Any] | Callable[[], dict[str, Any]] | None = None
+
+    @property
+    def decisions(self) -> dict[str, Any] | None:
+        """What repeats this run without measuring; found when first asked for."""
+        if callable(self._decisions):
+            self._decisions = self._decisions()
+        return self._decisions
+
+    def decided(self, decisions: dict[str, Any] | Callable[[], dict[str, Any]]) -> None:
+        """Enter the decisions, or what finds them."""
+        self._decisions = decisions
 
     @property
     def failures(self) -> list[PassRecord]:
@@ -82,7 +95,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "decisions": self.decisions}
 
 
 def human_bytes(count: float) -> str:

@@ -20,6 +20,11 @@ from graphopt.tensors import is_float
 from .affine_site import AffineSite, Array
 
 
+def peak(values: Array) -> float:
+    """Return the largest size of any element, 0 without any; no copy is made."""
+    return max(-float(values.min()), float(values.max())) if values.size else 0.0
+
+
 class Linear:
     """What an operator's weights become: original weight, factors collected so far, bias.
 
@@ -88,7 +93,7 @@ class Linear:
     def why_not(self, factor: Array, shift: Array | None) -> str | None:
         """Return why a factor must not go into the weight, or these numbers into the bias."""
         if self._peak is None:
-            self._peak = float(np.abs(self.values.astype(np.float64)).max(initial=0.0))
+            self._peak = peak(self.values)
         limit = float(ml_dtypes.finfo(self.values.dtype).max)
         most = self._peak * np.abs(self.out).max() * np.abs(self.into).max() * np.abs(factor).max(initial=0.0)
         parts = [a for a in (self.bias, shift) if a is not None]
@@ -123,7 +128,8 @@ class Linear:
         """Give the node its new constants."""
         dtype, factor = self.values.dtype, self.out * self.into
         if (factor != 1).any() or id(self.node.inputs[self.weight]) in self.site.own:
-            new = (self.values.astype(np.float64) * factor).astype(dtype)
+            new = np.empty_like(self.values)
+            np.multiply(self.values, factor, out=new, dtype=np.float64, casting="unsafe")  # no wide copy, one rounding
             self.site.put(self.node, self.weight, self.base, new)
         if self.bias_input is not None and self.bias is not None:
             base = f"{self.node.outputs[0].name}/bias"

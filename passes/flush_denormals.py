@@ -36,6 +36,9 @@ CHUNK = 1 << 16
 _NOTHING, _LARGEST = 0xFFFFFFFF, 0x7F7FFFFF
 """What zero becomes when one is taken off it; the bits of the largest finite float32."""
 
+_SMALL_TWICE = 2 * int(np.float32(SMALL).view(np.uint32))
+"""Twice the bits of `SMALL`."""
+
 
 LINEAR: Mapping[str, frozenset[int]] = {
     "Conv": frozenset({1, 2}),
@@ -96,10 +99,21 @@ def _flushed(constant: gs.Constant, values: Array, limit: float) -> Change:
     return Change(constant.name, what, "denormal operands and results are slow", apply)
 
 
+def _any_small(flat: Array) -> bool:
+    """Tell whether any of these float32 bits is zero or below `SMALL`."""
+    for start in range(0, flat.size, CHUNK):
+        chunk = flat[start : start + CHUNK]
+        if (chunk + chunk).min() < _SMALL_TWICE:  # doubling drops the sign bit
+            return True
+    return False
+
+
 def threshold(values: Array) -> float | None:
     """Return below which size elements of a float32 array are to be zero, None where there are none."""
     largest, smallest = 0, _NOTHING
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint32)  # without the sign, floats sort like integers
+    if not _any_small(flat):  # nearly always
+        return None
     for start in range(0, flat.size, CHUNK):
         sizes = flat[start : start + CHUNK] & np.uint32(0x7FFFFFFF)
         largest = max(largest, int(sizes.max()))

@@ -58,17 +58,24 @@ class NodeOrigin:
 
     def still_says(self, node: gs.Node) -> bool:
         """Tell whether the proto is still what `node` is; False where there are subgraphs or tensors to look into."""
-        proto, attributes = self.proto, self.attributes
+        attributes = self.attributes
         return (
-            node.op == proto.op_type
-            and node.name == proto.name
-            and [t.name for t in node.inputs] == proto.input
-            and [t.name for t in node.outputs] == proto.output
+            self._stated == (node.op, node.name, node.domain, [t.name for t in node.inputs])
+            and self._stated_outputs == [t.name for t in node.outputs]
             and list(node.attrs) == list(attributes)
             and all(unchanged(*attributes[name], value) for name, value in node.attrs.items())
-            and node.domain == (proto.domain if proto.HasField("domain") else None)
             and self.metadata == self.stated_metadata
         )
+
+    @functools.cached_property
+    def _stated(self) -> tuple[str, str, str | None, list[str]]:
+        """Operator, name, domain and inputs as they came: reading them from the proto takes long."""
+        proto = self.proto
+        return proto.op_type, proto.name, proto.domain if proto.HasField("domain") else None, list(proto.input)
+
+    @functools.cached_property
+    def _stated_outputs(self) -> list[str]:
+        return list(self.proto.output)
 
 
 @dataclass

@@ -6,6 +6,7 @@ stand in the graph at hand; captures may come from outer graphs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ from graphopt.tensors import is_float
 
 if TYPE_CHECKING:
     from graphopt.analysis.shapes import Shapes
+
+_PARAMETERS = frozenset((op, place) for (op, _), (_, place) in MOVED_TO_INPUT.items())
+"""Operators with the inputs that were attributes in older opsets."""
 
 _LITERAL = 4096
 """Elements of constants that are compared by value."""
@@ -138,13 +142,15 @@ class Matcher:
             if bound.nodes[id(wanted)][1] is node:
                 yield from self._solve(rest, bound)
             return
-        if any(n is node for _, n in bound.nodes.values()) or not self._attributes(node, wanted):
+        if any(n is node for _, n in bound.nodes.values()):
             return
-        for inputs in self._pairs(node, wanted):
-            if all(self._may_be(v, t) for v, t in inputs):
-                grown = bound.copy()
-                grown.nodes[id(wanted)] = wanted, node
-                yield from self._solve([*inputs, *rest], grown)
+        likely = [p for p in self._pairs(node, wanted) if all(self._may_be(v, t) for v, t in p)]
+        if not likely or not self._attributes(node, wanted):
+            return
+        for inputs in likely:
+            grown = bound.copy()
+            grown.nodes[id(wanted)] = wanted, node
+            yield from self._solve([*inputs, *rest], grown)
 
     def _stands(self, node: gs.Node, domain: str) -> bool:
         """Tell whether a node is of the domain, in this graph, and to stay."""
@@ -155,6 +161,8 @@ class Matcher:
         """Tell quickly whether a value can be a tensor, before any binding is copied."""
         if isinstance(value, Result):
             return tensor is not None and len(tensor.inputs) == 1 and tensor.inputs[0].op == value.call.op
+        if isinstance(value, Choice):
+            return any(self._may_be(option, tensor) for option in value.options)
         if isinstance(value, Constant | Number | Literal):
             return (tensor is None and value.optional) or (tensor is not None and is_constant(tensor))
         return True
@@ -248,7 +256,7 @@ def results_of(value: Value) -> list[Result]:
 
 
 def _is_parameter(node: gs.Node, index: int) -> bool:
-    return any(op == node.op and place == index for (op, _), (_, place) in MOVED_TO_INPUT.items())
+    return (node.op, index) in _PARAMETERS
 
 
 def _default(node: gs.Node, name: str, opset: int) -> Any:
@@ -269,11 +277,17 @@ def _equal(found: Any, wanted: Any) -> bool:
         found = found.decode("utf-8", "replace")
     if isinstance(wanted, str) or isinstance(found, str):
         return bool(found == wanted)
-    if isinstance(found, int | float) and isinstance(wanted, int | float):  # most are, and NumPy takes long
-        return found == wanted or abs(found - wanted) <= _CLOSE * abs(wanted)
-    left, right = np.asarray(found), np.asarray(wanted)
-    if left.size == right.size == 1:
-        left, right = left.reshape(()), right.reshape(())
+    if not (isinstance(found, int | float) and isinstance(wanted, int | float)):
+        left, right = np.asarray(found), np.asarray(wanted)
+        if left.size != right.size:
+            return False
+        if left.size != 1:
+            return _equal_arrays(left, right)
+        found, wanted = left.item(), right.item()
+    return math.isclose(found, wanted, rel_tol=_CLOSE)  # infinity is close to itself only
+
+
+def _equal_arrays(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:
     return left.shape == right.shape and bool(np.allclose(left, right, rtol=_CLOSE, atol=0))
 
 

@@ -131,12 +131,12 @@ class _Site:
 
     def groups(self) -> list[list[_Branch]]:
         """Return layers that read one tensor and could be one, in the graph's order."""
-        found: dict[tuple[Any, ...], list[_Branch]] = {}
+        found: dict[tuple[Any, ...], list[gs.Node]] = {}
         for node in self.edit.graph.nodes:
             key = _key(node) if is_standard(node, "Conv", "MatMul", "Gemm") else None
             if key is not None:
-                found.setdefault(key, []).append(self._branch(node))
-        return [group for group in found.values() if len(group) > 1]
+                found.setdefault(key, []).append(node)
+        return [[self._branch(node) for node in group] for group in found.values() if len(group) > 1]
 
     def _branch(self, node: gs.Node) -> _Branch:
         branch = _Branch(node)

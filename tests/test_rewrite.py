@@ -545,3 +545,31 @@ def test_rules_that_find_no_end_are_stopped_and_named() -> None:
 
     with pytest.raises(InternalError, match="Grow"):
         rewritten("g (float[2] x) => (float[2] y) { y = Sin(x) }", Grow)
+
+
+class OpenClip(Rule):
+    """clip(x, 0, inf)  ->  Relu(x)"""
+
+    @staticmethod
+    def pattern(op: Op, x: Value) -> Value:
+        return op.Clip(x, min=0.0, max=np.inf)
+
+    @staticmethod
+    def rewrite(op: Op, x: Value) -> Value:
+        return op.Relu(x)
+
+
+@pytest.mark.parametrize("opset", [6, 17])  # an attribute, and an input
+@pytest.mark.parametrize(("most", "left"), [(6.0, "Clip"), (3.4e38, "Clip"), (np.inf, "Relu")])
+def test_no_number_is_close_to_an_infinite_one(opset: int, most: float, left: str) -> None:
+    limits = {"min": 0.0, "max": most}
+    given = [onnx.numpy_helper.from_array(np.float32(v), k) for k, v in limits.items()] if opset > 6 else []
+    node = onnx.helper.make_node("Clip", ["x", *(t.name for t in given)], ["y"], **({} if given else limits))
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], given)
+    found = load(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8))
+    with Edit(found.graph) as edit:
+        for change in Rewriter(edit, Context(found, evaluate), [OpenClip]).changes():
+            assert change.apply is not None
+            change.apply()
+    assert [n.op for n in found.graph.nodes] == [left]

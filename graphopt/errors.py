@@ -13,7 +13,9 @@ InternalError    (3)   a bug in graphopt; never a GraphoptError
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -85,3 +87,12 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str | None:
     """Return ``did you mean 'x'?`` for the candidate closest to ``word``, or None."""
     close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else None
+
+
+def last_frame(error: BaseException) -> str:
+    """Return where an exception was raised, outside graphopt if the trace leads there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = Path(__file__).parent
+    others = [f for f in frames if not Path(f.filename).is_relative_to(own)]
+    frame = (others or frames)[-1]
+    return f"{frame.filename}, line {frame.lineno}, in {frame.name}"

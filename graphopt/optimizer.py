@@ -16,8 +16,9 @@ from graphopt.data import Spec, load_samples
 from graphopt.decisions import Decisions, Outcome, Selection, checked, read_decisions
 from graphopt.errors import ModelError, SpecError
 from graphopt.gate import Gate, kept
+from graphopt.importer import paused_gc
 from graphopt.judge import Condition, Judge, Progress, judging
-from graphopt.model import Model, Source, load
+from graphopt.model import Model, Snapshot, Source, load
 from graphopt.pipeline import OnFailure, Pipeline, Result, Run, Settings, Verify
 from graphopt.profit import Family, Search, static_selection
 from graphopt.report import Report
@@ -68,6 +69,7 @@ LOWERING = ", ".join(
         "lower-normalization",
         "lower-activations",
         "lower-softmax",
+        "lower-attention",
         "flush-denormals",
     )
 )
@@ -149,8 +151,9 @@ def optimize(
     settings = replace(settings or Settings(), verify=verify, seed=seed, target=target, on_failure=on_failure)
     measure = _whether_to_measure(measure, elsewhere=elsewhere, stage=stage, replay=decisions is not None)
     chosen = _pipeline(pipeline, opset, stage, replay=decisions is not None)
-    original = load(model)
-    original.settled = original.snapshot()  # nobody else has it, and it is never edited
+    with paused_gc():
+        original = load(model)
+        original.settled = original.snapshot()  # nobody else has it
     cases = []
     if measure or verify != "off":
         cases = [
@@ -181,21 +184,22 @@ class _Task:
     settings: Settings
     opset: int | None
 
-    def run(self, selection: Selection, settings: Settings | None = None) -> Result:
-        """Return what a selection makes, checked as the settings say."""
+    def run(self, selection: Selection, settings: Settings | None = None, *, own: bool = False) -> Result:
+        """Return what a selection makes, checked as the settings say; with `own`, of the original itself."""
         settings = settings or self.settings
         settings = replace(settings, skip=settings.skip | selection.skip)
         chosen = selection.applied(self.pipeline)
         if chosen is None:
             return Result(self.original.copy(), Run(self.pipeline, self.original, None, settings).report)
-        result = chosen.run(self.original, samples=self.samples, settings=settings)
+        result = chosen.run(self.original, samples=self.samples, settings=settings, own=own)
         self._check_opset(result.report)
         return result
 
     def unmeasured(self) -> Result:
         """Return what runs by default."""
-        selection = static_selection(self.pipeline)
-        return self._finished("optimized", selection, self.run(selection))
+        selection, original = static_selection(self.pipeline), self.original.snapshot()
+        own = self.samples is None  # random ones may look at the original again
+        return self._finished("optimized", selection, self.run(selection, own=own), original)
 
     def measured(self, judge: Judge, budget: float) -> Result:
         """Return what pays, if it is no slower than the input."""
@@ -212,7 +216,7 @@ class _Task:
         gate = Gate(judge, self.original, self.pipeline, self.run)
         outcome, selection, result = gate.passed((search.selection, result), search.families)
         _record(result.report, judge, gate, search.families, budget, time.monotonic() - begun)
-        return self._finished(outcome, selection, result)
+        return self._finished(outcome, selection, result, self.original.snapshot())
 
     def replayed(self, decisions: Decisions | str | Path) -> Result:
         """Return what was decided before."""
@@ -240,11 +244,11 @@ class _Task:
         )
         return lambda selection: self.run(selection, settings)
 
-    def _finished(self, outcome: Outcome, selection: Selection, result: Result) -> Result:
+    def _finished(self, outcome: Outcome, selection: Selection, result: Result, original: Snapshot) -> Result:
         report = result.report
         if report.decision != "input kept":
             report.decision = outcome
-        original, pipeline, settings = self.original.snapshot(), self.pipeline, self.settings
+        pipeline, settings = self.pipeline, self.settings
 
         def decisions() -> dict[str, Any]:
             made = None if outcome == "input kept" else selection.applied(pipeline)

@@ -22,7 +22,7 @@ from graphopt import registry, spec, text
 from graphopt.analysis.shapes import Shapes
 from graphopt.base import Change, Context, Exactness, Pass, Target
 from graphopt.data import load_samples
-from graphopt.errors import GateMissedError, GraphoptError, ModelError, SpecError
+from graphopt.errors import GateMissedError, GraphoptError, ModelError, SpecError, last_frame
 from graphopt.importer import paused_gc
 from graphopt.model import Model, Snapshot, Source, from_snapshot, load
 from graphopt.order import sort_nodes
@@ -141,20 +141,24 @@ class Pipeline:
     def __str__(self) -> str:
         return spec.to_text(self.steps)
 
-    def run(self, model: Source, *, samples: Samples | None = None, settings: Settings | None = None) -> Result:
+    def run(
+        self, model: Source, *, samples: Samples | None = None, settings: Settings | None = None, own: bool = False
+    ) -> Result:
         """Run the passes over a copy of `model`.
 
         Args:
             model: a path, `Model` or `ModelProto`; left untouched.
             samples: feeds for numeric checks; None makes random ones when checks are on.
             settings: see `Settings`.
+            own: whether a `Model` is given away: it is edited itself, which spares the copy.
 
         Raises:
             GraphoptError: the model or samples are not usable, or a pass failed and `on_failure` is `stop`.
         """
         with paused_gc():  # graphs are cyclic and large: collecting them again and again takes quadratic time
+            given = isinstance(model, Model)
             original = model if isinstance(model, Model) else load(model)
-            run = Run(self, original, samples, settings or Settings())
+            run = Run(self, original, samples, settings or Settings(), own=own or not given)
             run.transform()
         return run.finish()
 
@@ -198,25 +202,27 @@ def size_of(model: Model) -> Size:
     return Size(nodes, len(model.constants()), model.weight_bytes())
 
 
-def sorted_copy(model: Model) -> tuple[Model, Snapshot]:
-    """Return a copy of a model, its nodes in an order that they can run in, and the snapshot that it is."""
-    snapshot = model.snapshot()
-    copy = from_snapshot(snapshot)
-    moved = [sort_nodes(graph) for graph in copy.graphs()]  # all of them, so no generator
+def in_order(model: Model, snapshot: Snapshot) -> tuple[Model, Snapshot]:
+    """Return a model with its nodes in an order that they can run in, and the snapshot that it is then."""
+    model.settled = None
+    moved = [sort_nodes(graph) for graph in model.graphs()]  # all of them, so no generator
     if any(moved):
-        snapshot = copy.snapshot()
-    copy.settled = snapshot
-    return copy, snapshot
+        snapshot = model.snapshot()
+    model.settled = snapshot
+    return model, snapshot
 
 
 class Run:
     """One run of a pipeline over one model."""
 
-    def __init__(self, pipeline: Pipeline, model: Model, samples: Samples | None, settings: Settings) -> None:
+    def __init__(
+        self, pipeline: Pipeline, model: Model, samples: Samples | None, settings: Settings, *, own: bool = False
+    ) -> None:
         self.pipeline = pipeline
         self.settings = settings
-        self.original = model
-        self.model, self.snapshot = sorted_copy(model)
+        self._original = None if own else model
+        self._first = model.snapshot()
+        self.model, self.snapshot = in_order(model if own else from_snapshot(self._first), self._first)
         self.samples = samples
         self.structure = Structure.of(self.model)
         self.applied = 0
@@ -237,6 +243,13 @@ class Run:
         )  # fmt: skip
         self._reference: Reference | None = None
         self._bytes = self.snapshot.nbytes
+
+    @property
+    def original(self) -> Model:
+        """The model as it was given."""
+        if self._original is None:
+            self._original = from_snapshot(self._first)
+        return self._original
 
     @property
     def reference(self) -> Reference:
@@ -402,7 +415,7 @@ class Run:
         if checked.ok or self.settings.verify == "each" or self.settings.limit is not None:
             self._conclude(checked)
             return
-        self.model, self.snapshot = sorted_copy(self.original)
+        self.model, self.snapshot = in_order(from_snapshot(self._first), self._first)
         self._done.clear()
         self._shapes = None
         self.size = size_of(self.model)
@@ -429,15 +442,6 @@ def _free_weights(old: Snapshot, new: Snapshot) -> None:
     kept = {id(values) for values in new.weights}
     if sum(int(values.nbytes) for values in old.weights if id(values) not in kept) > COLLECT_BYTES:
         gc.collect()
-
-
-def last_frame(error: BaseException) -> str:
-    """Return where an exception was raised, outside graphopt if the trace leads there."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = Path(__file__).parent
-    others = [f for f in frames if not Path(f.filename).is_relative_to(own)]
-    frame = (others or frames)[-1]
-    return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
 
 
 def where_it_begins(checked: Validation) -> str | None:

@@ -56,17 +56,24 @@ def check_proto(proto: onnx.ModelProto, where: str) -> None:
 def _check_fields(proto: onnx.ModelProto, where: str) -> None:
     """Raise ModelError for what protobuf takes and then fails on: text that is not UTF-8, endless nesting."""
     stack: list[tuple[Any, int]] = [(proto, 0)]
+    kinds: dict[Any, tuple[bool, bool, bool]] = {}  # asking a descriptor takes long
     while stack:
         message, depth = stack.pop()
         if depth > _MAX_DEPTH:
             raise ModelError("subgraphs are nested too deeply", at=where, hint="no file could hold this model")
         for descriptor, value in message.ListFields():
-            if descriptor.message_type is not None:
-                stack += [(v, depth + 1) for v in value] if descriptor.is_repeated else [(value, depth + 1)]
-            elif descriptor.type == _STRING and bytes in map(type, value if descriptor.is_repeated else (value,)):
+            inner, text, repeated = kinds.get(descriptor) or kinds.setdefault(descriptor, _kind(descriptor))
+            if inner:
+                stack += [(v, depth + 1) for v in value] if repeated else [(value, depth + 1)]
+            elif text and bytes in map(type, value if repeated else (value,)):
                 raise ModelError(
                     f"text that is not UTF-8 in field '{descriptor.name}'", at=where, hint="the file is damaged"
                 )
+
+
+def _kind(descriptor: Any) -> tuple[bool, bool, bool]:
+    """Tell of a field whether it holds messages, whether text, and whether several."""
+    return descriptor.message_type is not None, descriptor.type == _STRING, bool(descriptor.is_repeated)
 
 
 def check_graphs(graphs: Iterable[gs.Graph], functions: Iterable[gs.Function]) -> None:

@@ -106,8 +106,10 @@ def optimize(
     from graphopt.optimizer import optimize as run_optimize  # noqa: PLC0415
     from graphopt.pipeline import Settings  # noqa: PLC0415
 
-    _check_output(output)
-    _check_output(write_decisions)
+    _check_files(
+        {"MODEL": model, "--data": data, "--decisions": decisions, "--pipeline": pipeline,
+         "--output": output, "--write-decisions": write_decisions}, output, write_decisions,
+    )  # fmt: skip
     _load_plugins(plugin)
     settings = Settings(
         print_after=_known_passes(print_after), stop_after=_known_pass(stop_after),
@@ -122,7 +124,7 @@ def optimize(
         )  # fmt: skip
     if write_decisions is not None:
         save_decisions(write_decisions, result.report.decisions or {})
-    _finish(result, output, as_json)
+    _finish(result, output, as_json, write_decisions)
 
 
 @app.command()
@@ -163,7 +165,7 @@ def run(
     from graphopt.pipeline import Settings  # noqa: PLC0415
     from graphopt.pipeline import bisect as run_bisect  # noqa: PLC0415
 
-    _check_output(output)
+    _check_files({"MODEL": model, "--data": data, "--pipeline": pipeline, "--output": output}, output)
     _load_plugins(plugin)
     chosen = _pipeline(pipeline)
     settings = Settings(
@@ -359,7 +361,7 @@ def demo(output: Output = None, seed: Seed = 0, as_json: AsJson = False) -> None
     """Do the main job on a small trained model that comes with graphopt."""
     from graphopt.demo import run_demo  # noqa: PLC0415
 
-    _check_output(output)
+    _check_files({"--output": output}, output)
     with working("optimizing the digits model", as_json):
         result = run_demo(seed)
     if output is not None:
@@ -391,21 +393,21 @@ def zoo(
         raise type(error)(error.what, at=f"{name}: {error.at}" if error.at else name, hint=error.hint)
 
 
-def _finish(result: Any, output: Path | None, as_json: bool) -> None:
+def _finish(result: Any, output: Path | None, as_json: bool, decisions: Path | None = None) -> None:
     """Write the result and print its report."""
     if output is not None:
         result.save(output)
     document = {**result.report.to_dict(), "output": str(output) if output else None}
-    written = f"wrote {output}" if output else "nothing written: give -o OUT"
-    emit(document, as_json, report.render(result.report), written)
+    written = [f"wrote {output}" if output else f"{'no model' if decisions else 'nothing'} written: give -o OUT"]
+    written += [f"wrote {decisions}"] if decisions else []
+    emit(document, as_json, report.render(result.report), *written)
 
 
-def _check_output(output: Path | None) -> None:
-    """Fail at once, not after minutes of work, where OUT cannot be written."""
-    if output is not None:
-        from graphopt.model import check_output  # noqa: PLC0415
+def _check_files(files: dict[str, Path | str | None], *written: Path | None) -> None:
+    """Fail at once, not after minutes of work, where a file cannot be written, or would overwrite another."""
+    from graphopt import destinations  # noqa: PLC0415
 
-        check_output(output)
+    destinations.check(files, *written)
 
 
 def _known_pass(name: str | None) -> str | None:

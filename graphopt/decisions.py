@@ -149,7 +149,8 @@ def save_decisions(path: str | Path, document: Mapping[str, Any]) -> None:
     Raises:
         ModelError: the file cannot be written.
     """
-    with atomic_write(Path(path)) as file:
+    path = Path(path)
+    with atomic_write(path.resolve() if path.is_symlink() else path) as file:
         file.write((json.dumps(document, indent=2) + "\n").encode())
 
 

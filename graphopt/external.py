@@ -8,6 +8,7 @@ file has no second hard link, and the stated range lies inside the file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -206,11 +207,28 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             Path(temporary).replace(path)
             temporary = None
         except OSError as error:
-            hint = "free some space" if error.errno == 28 else "check the folder and its permissions"
-            raise ModelError(f"cannot write the file: {error.strerror}", at=str(path), hint=hint) from error
+            raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Make and remove a file beside `path`: only that tells whether one can be made.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ModelError:
+    hint = "free some space" if error.errno == errno.ENOSPC else "check the folder and its permissions"
+    return ModelError(f"cannot write the file: {error.strerror}", at=str(path), hint=hint)
 
 
 def _mode_for(path: Path) -> int:

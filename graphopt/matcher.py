@@ -122,7 +122,8 @@ class Matcher:
         (value, tensor), rest = goals[0], goals[1:]
         if isinstance(value, Choice):
             for option in value.options:
-                yield from self._solve([(option, tensor), *rest], bound.copy())
+                if self._may_be(option, tensor):
+                    yield from self._solve([(option, tensor), *rest], bound.copy())
         elif isinstance(value, Result):
             yield from self._call(value, tensor, rest, bound)
         elif self._leaf(value, tensor, bound):

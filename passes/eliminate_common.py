@@ -232,6 +232,8 @@ def _defaults(op: str, opset: int) -> dict[str, Hashable]:
 
 
 def _attribute_key(value: Any) -> Hashable:
+    if isinstance(value, int | float | str):  # most are
+        return type(value).__name__, repr(value)
     if isinstance(value, gs.Constant):
         if value._values.nbytes > _INLINE or not _has_bytes(value):
             return "tensor", id(value)

@@ -30,10 +30,11 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args, get_origin
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import array_of
-from graphopt.errors import SpecError
+from graphopt.errors import SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from graphopt.analysis.shapes import Shapes, TensorType
@@ -242,6 +243,11 @@ class Op:
             raise AttributeError(op)
 
         def record(*inputs: Operand, name: str = "", outputs: int = 1, domain: str = "", **attrs: Any) -> Value:
+            if not domain and not onnx.defs.has(op):
+                known = {s.name for s in onnx.defs.get_all_schemas() if not s.domain}
+                raise SpecError(
+                    f"ONNX has no operator '{op}'", hint=did_you_mean(op, known) or "name its domain: domain='…'"
+                )
             return Result(Call(op, tuple(as_value(i) for i in inputs), attrs, domain, name, outputs))
 
         return record

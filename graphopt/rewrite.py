@@ -38,7 +38,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, label
-from graphopt.errors import InternalError, SpecError
+from graphopt.errors import InternalError, SpecError, did_you_mean
 from graphopt.matcher import Bindings, Matcher, NodeView, results_of
 from graphopt.pattern import Constant, Literal, Many, Number, Op, Pattern, Result, Scalar, Value, as_value, trace
 from graphopt.replacement import Emitter, Replacement, differs, not_finite, plan
@@ -58,6 +58,8 @@ __all__ = [
 ]
 
 FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+
+_TYPES = FLOATS | {"bool"} | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 LARGE = 1024
 """Bytes from which a constant is not kept twice."""
@@ -140,6 +142,7 @@ class Rule:
         shapes: capture -> "n c h w": sizes; letters that come twice are proved equal, "..." is any others before.
         shared: whether inner values may have other readers (the nodes that make them stay, then).
         copies: whether large constants that others read too may be kept twice.
+        widens: whether the result may be a number where the original is NaN.
     """
 
     pattern: ClassVar[Callable[..., Any]]
@@ -153,6 +156,7 @@ class Rule:
     shapes: ClassVar[Mapping[str, str]] = {}
     shared: ClassVar[bool] = False
     copies: ClassVar[bool] = False
+    widens: ClassVar[bool] = False
     traced: ClassVar[Pattern]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -169,6 +173,11 @@ class Rule:
             if not callable(getattr(cls, name, None)):
                 raise SpecError(f"the rule has no {name}", at=where, hint="two static methods: pattern and rewrite")
         cls.traced = trace(cls.pattern)
+        for kind in cls.types or ():
+            if kind not in _TYPES:
+                raise SpecError(
+                    f"'{kind}' is no element type", at=f"{where}, types", hint=did_you_mean(kind, _TYPES) or "float32 …"
+                )
         for name in ("rewrite", "where", "check", "worth"):
             function = getattr(cls, name)
             unknown = set(_parameters(function)) - set(cls.traced.captures) - {"op", "m"} if function else set()
@@ -323,7 +332,11 @@ class Rewriter:
         several = isinstance(made, tuple) or (isinstance(made, Result) and made.call.outputs == len(match.tensors) > 1)
         values = [as_value(v) for v in (made if several else (made,))]
         if len(values) != len(match.tensors) or any(v is None or isinstance(v, Number | Literal) for v in values):
-            raise InternalError(f"rule {rule.__name__}: rewrite returned {made!r} for {len(match.tensors)} outputs")
+            raise SpecError(
+                f"rewrite returned {made!r} for {len(match.tensors)} outputs",
+                at=f"rule {rule.__name__}",
+                hint="it returns a value for each output of the pattern",
+            )
         planned = plan([v for v in values if v is not None], self.opset)
         return self._refusal(rule, match, planned) or planned
 

@@ -200,9 +200,10 @@ def _clip(rng: Random, _s: Sequence[Shape], _o: int) -> dict[str, Any]:
     return {"min": np.array(low), "max": np.array(high)}
 
 
-def _floats(names: Sequence[str]) -> Callable[[Random, Sequence[Shape], int], dict[str, Any]]:
-    """Return a draw of floats in 0.1..1.5."""
-    return lambda rng, _s, _o: {name: float(rng.uniform(0.1, 1.5)) for name in names}
+def _floats(names: Sequence[str], low: float = -1.0) -> Callable[[Random, Sequence[Shape], int], dict[str, Any]]:
+    """Return a draw of floats from `low` up, of both signs where that allows, zero and one among them."""
+    drawn = [v for v in (-0.5, 0.0, 0.25, 1.0, 1.75) if v > low]
+    return lambda rng, _s, _o: {name: float(rng.choice(drawn)) for name in names}
 
 
 PARAMETERS: Mapping[str, Callable[[Random, Sequence[Shape], int], dict[str, Any]]] = {
@@ -227,6 +228,9 @@ PARAMETERS: Mapping[str, Callable[[Random, Sequence[Shape], int], dict[str, Any]
     "Gemm": _gemm_attributes,
     "Clip": _clip,
     "LeakyRelu": _floats(("alpha",)),
+    "ThresholdedRelu": _floats(("alpha",)),
+    "Selu": _floats(("alpha", "gamma"), 0.0),
+    "Celu": _floats(("alpha",), 0.0),
     "Elu": _floats(("alpha",)),
     "HardSigmoid": _floats(("alpha", "beta")),
     "Cast": lambda rng, _s, _o: {"to": int(rng.choice((1, 10, 11, 7, 6)))},

@@ -45,6 +45,7 @@ class Draft:
     constants: dict[str, Array] = field(default_factory=dict)
     inputs: dict[str, Array] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
     numbers: list[str] = field(default_factory=list)
     captured: list[str] = field(default_factory=list)
     opset: int = OPSET
@@ -52,7 +53,14 @@ class Draft:
 
     def inner(self) -> list[str]:
         """Return the values between the pattern's nodes."""
-        return [t for n in self.nodes for t in n.output if t not in self.outputs]
+        return [t for n in self.nodes for t in n.output if t not in (*self.outputs, *self.results)]
+
+    def read_on(self) -> None:
+        """Put a reader behind each output, so that a rule may put one of its captures there."""
+        self.results, self.outputs = self.outputs, [f"{name}_read" for name in self.outputs]
+        self.nodes += [
+            helper.make_node("Identity", [old], [new], new) for old, new in zip(self.results, self.outputs, strict=True)
+        ]
 
 
 class Tracer:
@@ -151,7 +159,8 @@ class Tracer:
         return self.bound[value.name]
 
     def _literal(self, value: Number | Given, inputs: list[list[str]]) -> str:
-        beside = next((self.known[n[0]] for n in inputs if n and n[0]), (self.dtype, ()))
+        others = [self.known[n[0]] for n in inputs if n and n[0]]
+        beside = next((known for known in others if known[0].kind != "b"), (self.dtype, ()))
         name = f"number{len(self.draft.constants)}"
         if isinstance(value, Given):
             wide = value.values.dtype == np.float64
@@ -226,6 +235,8 @@ class Tracer:
             size = min(data, default=1) if data else 1
             return self.rng.integers(0, max(size, 1), shape)
         values = np.asarray(self.rng.normal(size=shape) * self.rng.choice((0.5, 1.0, 3.0)))
+        if (call.op, index) == ("Pow", 1):
+            values = self.rng.choice((2.0, 3.0, 0.5, -1.0), shape)
         if (call.op, index) in _POSITIVE:
             values = np.abs(values) + 0.1
         return values.astype(self.dtype)
@@ -296,4 +307,6 @@ def draw(rule: type[Rule], rng: np.random.Generator) -> Draft | None:
     except (InvalidDrawError, ValueError, IndexError):
         return None
     draft.dynamic = bool(rng.random() < 0.3)
+    if rng.random() < 0.5:
+        draft.read_on()
     return draft

@@ -518,6 +518,58 @@ def test_scalars_give_their_number() -> None:
     assert found.graph.nodes[0].inputs[1].values == 3.0
 
 
+def test_cases_notice_numbers_out_of_nan() -> None:
+    class ExpLog(Rule):
+        """exp(log(x))  ->  x"""
+
+        @staticmethod
+        def pattern(op: Op, x: Value) -> Value:
+            return op.Exp(op.Log(x))
+
+        @staticmethod
+        def rewrite(x: Value) -> Value:
+            return x
+
+    class Widening(ExpLog):
+        """exp(log(x))  ->  x      also below 0"""
+
+        widens = True
+
+    assert "is a number where the original is NaN" in check_rule(ExpLog, until_problem=True).problems[0]
+    assert check_rule(Widening).problems == []
+
+
+def test_cases_notice_slopes_below_zero() -> None:
+    class Leaky(Rule):
+        """LeakyRelu(Relu(x))  ->  Relu(x)      wrong the other way round"""
+
+        @staticmethod
+        def pattern(op: Op, x: Value) -> Value:
+            return op.Relu(op.LeakyRelu(x))
+
+        @staticmethod
+        def rewrite(op: Op, x: Value) -> Value:
+            return op.Relu(x)
+
+    assert "differs" in check_rule(Leaky, wanted=100, until_problem=True).problems[0]
+
+
+@pytest.mark.parametrize(("kind", "hint"), [("flaot32", "float32"), ("int33", "int32")])
+def test_element_types_are_known_ones(kind: str, hint: str) -> None:
+    with pytest.raises(SpecError, match=f"'{kind}' is no element type") as caught:
+        type("R", (AddTwice,), {"__doc__": "a -> b", "types": frozenset({kind})})
+    assert hint in (caught.value.hint or "")
+
+
+def test_operators_that_onnx_does_not_have_are_named() -> None:
+    def pattern(op: Op, x: Value) -> Value:
+        return op.Logg(x)
+
+    with pytest.raises(SpecError, match="no operator 'Logg'") as caught:
+        type("R", (Rule,), {"__doc__": "a", "pattern": staticmethod(pattern), "rewrite": staticmethod(lambda x: x)})
+    assert "Log" in (caught.value.hint or "")
+
+
 def test_where_is_part_of_the_pattern_and_says_nothing() -> None:
     class OfPairs(AddTwice):
         """(x + a) + b  ->  x + (a + b)      x a matrix of two columns"""
@@ -563,8 +615,9 @@ class OpenClip(Rule):
 @pytest.mark.parametrize(("most", "left"), [(6.0, "Clip"), (3.4e38, "Clip"), (np.inf, "Relu")])
 def test_no_number_is_close_to_an_infinite_one(opset: int, most: float, left: str) -> None:
     limits = {"min": 0.0, "max": most}
-    given = [onnx.numpy_helper.from_array(np.float32(v), k) for k, v in limits.items()] if opset > 6 else []
-    node = onnx.helper.make_node("Clip", ["x", *(t.name for t in given)], ["y"], **({} if given else limits))
+    given = [onnx.numpy_helper.from_array(np.array(v, np.float32), k) for k, v in limits.items()] if opset > 6 else []
+    node = onnx.helper.make_node("Clip", ["x", *(t.name for t in given)], ["y"])
+    node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in limits.items() if not given)
     ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in ("x", "y")]
     graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], given)
     found = load(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8))

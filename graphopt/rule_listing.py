@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from graphopt.base import Pass
+from graphopt.errors import SpecError
 from graphopt.rewrite import Rule, RulePass
 from graphopt.rule_check import check_rule
 
@@ -19,8 +20,13 @@ def rows(passes: Mapping[str, type[Pass]], *, check: bool, seed: int) -> list[di
         passes: by name; those that are made of rules are listed.
         check: try each rule on cases of its own pattern, too (a second or so for each).
         seed: for the cases.
+
+    Raises:
+        SpecError: none of them is made of rules.
     """
     families = [(name, cls) for name, cls in passes.items() if issubclass(cls, RulePass)]
+    if not families:
+        raise SpecError(f"{', '.join(passes)}: not made of rules", hint="graphopt passes --rules lists those that are")
     return [_row(name, rule, check=check, seed=seed) for name, cls in families for rule in cls.rules]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from graphopt import registry, rule_listing
 from graphopt.analysis.constants import DYNAMIC
 from graphopt.base import Context
 from graphopt.edit import Edit
@@ -626,3 +627,10 @@ def test_no_number_is_close_to_an_infinite_one(opset: int, most: float, left: st
             assert change.apply is not None
             change.apply()
     assert [n.op for n in found.graph.nodes] == [left]
+
+
+def test_listing_passes_without_rules_is_an_error() -> None:
+    with pytest.raises(SpecError, match="eliminate-dead: not made of rules"):
+        rule_listing.rows({"eliminate-dead": registry.get("eliminate-dead")}, check=False, seed=0)
+    rows = rule_listing.rows({"fuse-softmax": registry.get("fuse-softmax")}, check=False, seed=0)
+    assert all("->" in row["algebra"] for row in rows)

@@ -53,12 +53,14 @@ class Settings:
         python: the Python of the peers' environment.
         limit: seconds that a process of an optimizer may take.
         turns: processes of each optimizer, in turn with the others.
+        budget: seconds that graphopt may measure, for each number of threads.
         plan: how long latencies are measured, per number of threads.
     """
 
     python: str
     limit: float = 120.0
     turns: int = 2
+    budget: float = 40.0
     plan: Plan = field(default_factory=Plan)
 
 
@@ -152,7 +154,9 @@ def run_model(model: str, settings: Settings) -> dict[str, Row]:
 
 def _measure(model: str, threads: int, folder: Path, settings: Settings) -> dict[str, Any]:
     """Run graphopt's default, measuring for so many threads at the shapes that are timed."""
-    options = {"measure": True, "verify": "end", "threads": threads, "shapes": shapes_of(model)}
+    options = {
+        "measure": True, "verify": "end", "threads": threads, "shapes": shapes_of(model), "budget": settings.budget
+    }  # fmt: skip
     target = folder / f"{measured(threads)}.onnx"
     return drive(sys.executable, OURS, zoo.fetch(model), target, 3 * settings.limit, options)
 
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="Python of the peers' environment")
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of timing per model and thread count")
     parser.add_argument("--limit", type=float, default=Settings.limit, help="seconds that an optimizer may take")
+    parser.add_argument("--budget", type=float, default=Settings.budget, help="seconds that graphopt may measure")
     parser.add_argument("--turns", type=int, default=Settings.turns, help="processes of each optimizer")
     parser.add_argument("--cache", type=Path, help="folder that keeps finished models")
     parser.add_argument("--output", type=Path, help="write the tables into this Markdown file")
@@ -199,7 +204,9 @@ def main() -> None:
         parser.error(f"no such Python: {given.python}")
     if given.cache:
         given.cache.mkdir(parents=True, exist_ok=True)
-    settings = Settings(str(Path(python).absolute()), given.limit, given.turns, Plan(seconds=given.seconds))
+    settings = Settings(
+        str(Path(python).absolute()), given.limit, given.turns, given.budget, Plan(seconds=given.seconds)
+    )
     results: dict[str, dict[str, Row]] = {}
     began = time.perf_counter()
     for model in given.models or zoo.names():

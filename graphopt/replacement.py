@@ -103,6 +103,7 @@ def _resolve_constants(made: Call, planned: Replacement) -> None:
     """Give numbers and float64 arrays the type of the tensors beside them."""
     beside = [v for v in made.inputs if v is not None and not isinstance(v, Number | Literal)]
     known = [t.dtype for v in beside if (t := planned.type_of(v)).dtype is not None]
+    known.sort(key=lambda dtype: dtype.kind == "b")  # a condition's type is not that of what is chosen
     dtype = known[0] if known else np.dtype(np.float32)
     for value in made.inputs:
         with np.errstate(over="ignore"):  # what overflows is found, and refused, by the rule's driver

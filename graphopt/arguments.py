@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from graphopt import registry
 from graphopt.errors import SpecError
 
 
-def load_plugins(paths: list[Path] | None) -> None:
-    """Register the passes of `--plugin` files and folders.
+def load_plugins(paths: list[Path] | None) -> list[list[str]]:
+    """Register the passes of `--plugin` files and folders; return the names of each one's.
 
     Raises:
         SpecError: one does not exist, or is no plugin.
     """
-    for path in paths or []:
-        registry.load_plugin(path)
+    return [registry.load_plugin(path) for path in paths or []]
+
+
+def unnamed_passes(plugins: list[list[str]], named: Collection[str]) -> list[str]:
+    """Return the passes of plugins of which a pipeline names none."""
+    return [name for names in plugins if not set(names) & set(named) for name in names]
+
+
+def unnamed_line(names: list[str], pipeline: str | None) -> str:
+    """Return what to do about passes that `pipeline`, as given on the command line, does not name."""
+    wanted = ", ".join([pipeline if pipeline and not pipeline.endswith(".toml") else "default", *names])
+    listed = ", ".join(f"'{name}'" for name in names)
+    are = f"pass {listed} is" if len(names) == 1 else f"passes {listed} are"
+    them = "it" if len(names) == 1 else "them"
+    return f'! {are} loaded, but the pipeline does not name {them}: -p "{wanted}"'
 
 
 def shapes(given: list[str] | None) -> dict[str, tuple[int, ...]] | None:

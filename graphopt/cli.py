@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from graphopt import registry, report, tables
 from graphopt.arguments import load_plugins as _load_plugins
 from graphopt.arguments import shapes as _shapes
+from graphopt.arguments import unnamed_line, unnamed_passes
 from graphopt.base import Pass
 from graphopt.cli_explain import explain
 from graphopt.console import emit, out, print_diff, working
@@ -110,21 +112,23 @@ def optimize(
         {"MODEL": model, "--data": data, "--decisions": decisions, "--pipeline": pipeline,
          "--output": output, "--write-decisions": write_decisions}, output, write_decisions,
     )  # fmt: skip
-    _load_plugins(plugin)
+    plugins = _load_plugins(plugin)
+    chosen = _pipeline(pipeline) if pipeline else None
+    unnamed = [] if decisions else unnamed_passes(plugins, chosen.names if chosen else ())
     settings = Settings(
         print_after=_known_passes(print_after), stop_after=_known_pass(stop_after),
         reproducers=_reproducers(reproducers, output), printer=print_diff,
     )  # fmt: skip
     with working(f"optimizing {model.name}", as_json) as progress:
         result = run_optimize(
-            load(model, custom_ops=custom_ops or ()), pipeline=_pipeline(pipeline) if pipeline else None, data=data,
+            load(model, custom_ops=custom_ops or ()), pipeline=chosen, data=data,
             measure=measure, verify=verify, stage=stage, contrib=contrib, elsewhere=elsewhere, budget=budget,
             opset=opset or None, seed=seed, threads=_thread_counts(threads), provider=provider, shapes=_settings(shape),
             batch=batch, decisions=decisions, settings=settings, on_failure=on_failure, progress=progress,
         )  # fmt: skip
     if write_decisions is not None:
         save_decisions(write_decisions, result.report.decisions or {})
-    _finish(result, output, as_json, write_decisions)
+    _finish(result, output, as_json, write_decisions, unnamed, pipeline)
 
 
 @app.command()
@@ -166,7 +170,7 @@ def run(
     from graphopt.pipeline import bisect as run_bisect  # noqa: PLC0415
 
     _check_files({"MODEL": model, "--data": data, "--pipeline": pipeline, "--output": output}, output)
-    _load_plugins(plugin)
+    plugins = _load_plugins(plugin)
     chosen = _pipeline(pipeline)
     settings = Settings(
         verify=verify, on_failure=on_failure, seed=seed, target=Target(provider, threads),
@@ -184,7 +188,7 @@ def run(
         return
     with working(f"running {len(chosen.steps)} steps", as_json):
         result = chosen.run(loaded, samples=samples, settings=settings)
-    _finish(result, output, as_json)
+    _finish(result, output, as_json, None, unnamed_passes(plugins, chosen.names), pipeline)
 
 
 @app.command()
@@ -393,14 +397,17 @@ def zoo(
         raise type(error)(error.what, at=f"{name}: {error.at}" if error.at else name, hint=error.hint)
 
 
-def _finish(result: Any, output: Path | None, as_json: bool, decisions: Path | None = None) -> None:
+def _finish(
+    result: Any, output: Path | None, as_json: bool, decisions: Path | None, unnamed: list[str], pipeline: str | None
+) -> None:
     """Write the result and print its report."""
     if output is not None:
         result.save(output)
-    document = {**result.report.to_dict(), "output": str(output) if output else None}
+    document = {**result.report.to_dict(), "output": str(output) if output else None, "unnamed_passes": unnamed}
     written = [f"wrote {output}" if output else f"{'no model' if decisions else 'nothing'} written: give -o OUT"]
     written += [f"wrote {decisions}"] if decisions else []
-    emit(document, as_json, report.render(result.report), *written)
+    said = [unnamed_line(unnamed, pipeline)] if unnamed else []
+    emit(document, as_json, report.render(result.report), *map(Text, (*said, *written)))
 
 
 def _check_files(files: dict[str, Path | str | None], *written: Path | None) -> None:
@@ -424,10 +431,9 @@ def _known_passes(names: list[str] | None) -> frozenset[str]:
 
 
 def _pipeline(given: str) -> Any:
-    from graphopt.optimizer import read_pipeline  # noqa: PLC0415
-    from graphopt.pipeline import Pipeline  # noqa: PLC0415
+    from graphopt.optimizer import parse_pipeline, read_pipeline  # noqa: PLC0415
 
-    return read_pipeline(given) if given.endswith(".toml") else Pipeline(given)
+    return read_pipeline(given) if given.endswith(".toml") else parse_pipeline(given)
 
 
 def _reproducers(folder: Path | None, output: Path | None) -> Path | None:

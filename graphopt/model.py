@@ -70,6 +70,23 @@ class Snapshot:
             return False
         return all(x is y or _same_values(x, y) for x, y in zip(self.weights, other.weights, strict=True))
 
+    def _shell(self) -> tuple[object, ...]:
+        return self.proto.opset_import, self.proto.functions, self.proto.ir_version
+
+    def only_lost_constants(self, later: Snapshot) -> bool:
+        """Tell whether `later` is this without some small initializers that nothing read: no pass finds more in it."""
+        old, new = self.proto.graph, later.proto.graph
+        if len(new.node) != len(old.node) or len(new.initializer) >= len(old.initializer):
+            return False
+        if len(self.weights) != len(later.weights) or any(
+            x is not y for x, y in zip(self.weights, later.weights, strict=True)
+        ):
+            return False
+        held = {tensor.name: tensor for tensor in old.initializer}
+        same = all(tensor == held.get(tensor.name) for tensor in new.initializer)
+        fields = ("node", "input", "output", "sparse_initializer", "quantization_annotation")
+        return same and self._shell() == later._shell() and all(getattr(old, f) == getattr(new, f) for f in fields)
+
     def skeleton(self) -> onnx.ModelProto:
         """Return the model with large initializers turned into inputs of their type (for checks and inference).
 

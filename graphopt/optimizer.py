@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from graphopt import environment
+from graphopt import environment, spec
 from graphopt.base import Target
 from graphopt.data import Spec, load_samples
 from graphopt.decisions import Decisions, Outcome, Selection, checked, read_decisions
@@ -122,7 +122,7 @@ def optimize(
 
     Args:
         model: a path, `Model` or `ModelProto`; left untouched.
-        pipeline: passes to run instead of the default ones.
+        pipeline: passes to run instead of the default ones; a text as in `parse_pipeline`.
         data: samples as in `load_samples`; None makes random ones.
         measure: time in ORT what optional passes bring, leave out what does not pay, and keep the input where the
             result is slower.  None: yes, but for `elsewhere` and the canonical stage.
@@ -304,7 +304,7 @@ def _pipeline(given: Pipeline | str | None, opset: int | None, stage: Stage, *, 
         raise SpecError("opset belongs to the default pipeline", hint=f"put upgrade-opset{{to={opset}}} into yours")
     if stage != "lowering":
         raise SpecError("a stage belongs to the default pipeline", hint="leave out --stage or --pipeline")
-    return Pipeline(given) if isinstance(given, str) else given
+    return parse_pipeline(given) if isinstance(given, str) else given
 
 
 def _all(cases: Sequence[Samples]) -> Samples | None:
@@ -357,14 +357,36 @@ def _record(
         report.timing = {**worst, **{k: v for k, v in last.to_dict().items() if k in ("same_graph", "conditions")}}
 
 
+DEFAULT = "default"
+"""The word for the default pipeline in the text of another."""
+
+
+def parse_pipeline(text: str) -> Pipeline:
+    """Return the pipeline of a text form, in which the step `default` stands for those of the default pipeline.
+
+    Raises:
+        SpecError: the text is not understood, or `default` stands in a `repeat` or has options.
+    """
+    found: list[spec.Step] = []
+    for step in spec.parse(text):
+        if step == spec.PassStep(DEFAULT):
+            found += default_pipeline().steps
+        elif any(inner.name == DEFAULT for inner in spec.pass_steps((step,))):
+            raise SpecError(
+                "'default' is the default pipeline: it has no options and stands in no 'repeat'",
+                at=spec.to_text((step,)), hint="default, eliminate-dead",
+            )  # fmt: skip
+        else:
+            found.append(step)
+    return Pipeline(found)
+
+
 def read_pipeline(path: str | Path) -> Pipeline:
     """Return the pipeline of a TOML file.
 
     Raises:
         SpecError: no such file, or not a pipeline.
     """
-    from graphopt import spec  # noqa: PLC0415  (`spec` is a parameter's name elsewhere)
-
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:

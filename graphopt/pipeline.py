@@ -156,9 +156,8 @@ class Pipeline:
             GraphoptError: the model or samples are not usable, or a pass failed and `on_failure` is `stop`.
         """
         with paused_gc():  # graphs are cyclic and large: collecting them again and again takes quadratic time
-            given = isinstance(model, Model)
             original = model if isinstance(model, Model) else load(model)
-            run = Run(self, original, samples, settings or Settings(), own=own or not given)
+            run = Run(self, original, samples, settings or Settings(), own=own or original is not model)
             run.transform()
         return run.finish()
 
@@ -382,6 +381,8 @@ class Run:
         self.exactness = exactness
         self.sites.update(dict.fromkeys(self._new_sites))
         _free_weights(self.snapshot, self._pending)
+        if self.snapshot.only_lost_constants(self._pending):
+            self._done = {key: self._pending for key, seen in self._done.items() if seen is self.snapshot}
         self.snapshot = self._pending
         record.status = "changed"
         return True

@@ -54,6 +54,15 @@ class RepeatStep:
 Step: TypeAlias = PassStep | RepeatStep
 
 
+def pass_steps(steps: Iterable[Step]) -> Iterator[PassStep]:
+    """Return the passes among steps, those in `repeat` too."""
+    for step in steps:
+        if isinstance(step, PassStep):
+            yield step
+        else:
+            yield from pass_steps(step.steps)
+
+
 def parse(text: str) -> tuple[Step, ...]:
     """Return the steps of a pipeline's text form.
 

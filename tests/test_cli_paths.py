@@ -1,4 +1,4 @@
-"""Files of the command line: none overwrites another, and what cannot be written is found before the work."""
+"""Files and plugins of the command line: none overwrites another, and what cannot be used is said before the work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import onnx
 import pytest
 
+from graphopt.errors import SpecError
 from graphopt.external import check_writable
+from graphopt.optimizer import default_pipeline, parse_pipeline
 
 Cli = Callable[..., Any]
 
@@ -96,3 +98,54 @@ def test_trying_leaves_nothing_behind(tmp_path: Path) -> None:
         check_writable(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old").read_text() == "as it was"
+
+
+PLUGIN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import graphopt
+
+
+@graphopt.register
+@dataclass(frozen=True)
+class {title}(graphopt.Pass):
+    """Does nothing."""
+
+    name: ClassVar[str] = "cli-{name}"
+
+    def run(self, graph, ctx):
+        return iter(())
+'''
+
+
+def test_a_plugin_that_no_pipeline_names_is_told_of(cli: Cli, model: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(PLUGIN.format(title=name.title(), name=name))
+    plugins = ["--plugin", "one.py", "--plugin", "two.py"]
+    start = ["optimize", model, "--no-measure", "--plugin", "one.py"]
+    said = "! pass 'cli-one' is loaded, but the pipeline does not name it: -p \"default, cli-one\""
+    assert said in cli(*start).out.splitlines()
+    assert cli(*start, "--json").json["unnamed_passes"] == ["cli-one"]
+    assert cli(*start, "-p", "default, cli-one", "--json").json["unnamed_passes"] == []
+    both = cli(*start, "--plugin", "two.py").out
+    assert "! passes 'cli-one', 'cli-two' are loaded" in both
+    assert 'does not name them: -p "default, cli-one, cli-two"' in both
+    ran = cli("run", model, "-p", "repeat(cli-two, fold-if)", *plugins)
+    assert '-p "repeat(cli-two, fold-if), cli-one"' in ran.out
+    assert cli("optimize", model, "--no-measure", "--json").json["unnamed_passes"] == []
+
+
+@pytest.mark.parametrize("command", ["optimize", "run"])
+def test_default_stands_for_the_default_pipeline(cli: Cli, model: Path, command: str) -> None:
+    words = ["--no-measure"] if command == "optimize" else []
+    ran = cli(command, model, "-p", "fold-if, default, eliminate-dead", *words, "--json")
+    assert ran.json["pipeline"] == f"fold-if, {default_pipeline()}, eliminate-dead"
+
+
+@pytest.mark.parametrize("text", ["repeat(default)", "default{opset=3}"])
+def test_default_stands_alone(text: str) -> None:
+    with pytest.raises(SpecError, match="'default' is the default pipeline") as caught:
+        parse_pipeline(text)
+    assert caught.value.at == text
+    assert caught.value.hint

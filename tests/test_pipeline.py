@@ -321,3 +321,17 @@ def test_an_input_that_is_kept_says_which_opset_it_stays_at(monkeypatch: pytest.
     assert "stays at opset 17" in str(result.report.reason)
     assert result.model.opset == 17
     assert result.proto == small_model()
+
+
+def test_only_constants_that_nothing_reads_were_lost() -> None:
+    head = '<ir_version: 9, opset_import: ["" : 17]> g (float[2] x) => (float[2] y)'
+    text = head + " <float a = {{{a}}}{more}> {{ y = {op}(x, a) }}"
+    first = graphopt.load(onnx.parser.parse_model(text.format(a=1, more=", float b = {2}", op="Add"))).snapshot()
+    for changes, expected in (
+        ({}, True),
+        ({"a": 3}, False),
+        ({"op": "Mul"}, False),
+        ({"more": ", float b = {2}"}, False),
+    ):
+        later = graphopt.load(onnx.parser.parse_model(text.format(**{"a": 1, "more": "", "op": "Add", **changes})))
+        assert first.only_lost_constants(later.snapshot()) is expected

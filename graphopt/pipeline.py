@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -135,11 +135,16 @@ class Pipeline:
         self.steps: tuple[spec.Step, ...] = tuple(step for thing in given for step in _as_steps(thing))
         if not self.steps:
             raise SpecError("the pipeline has no steps", hint="name passes: fold-constants,eliminate-dead")
-        for step in _pass_steps(self.steps):
+        for step in spec.pass_steps(self.steps):
             make_pass(step)
 
     def __str__(self) -> str:
         return spec.to_text(self.steps)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The passes that it names."""
+        return frozenset(step.name for step in spec.pass_steps(self.steps))
 
     def run(
         self, model: Source, *, samples: Samples | None = None, settings: Settings | None = None, own: bool = False
@@ -176,14 +181,6 @@ def _as_steps(thing: str | spec.Step | Pass) -> tuple[spec.Step, ...]:
             hint="put @graphopt.register above it",
         )
     return (spec.PassStep(thing.name, thing.options()),)
-
-
-def _pass_steps(steps: Iterable[spec.Step]) -> Iterator[spec.PassStep]:
-    for step in steps:
-        if isinstance(step, spec.PassStep):
-            yield step
-        else:
-            yield from _pass_steps(step.steps)
 
 
 def make_pass(step: spec.PassStep) -> Pass:

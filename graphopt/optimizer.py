@@ -151,6 +151,8 @@ def optimize(
     settings = replace(settings or Settings(), verify=verify, seed=seed, target=target, on_failure=on_failure)
     measure = _whether_to_measure(measure, elsewhere=elsewhere, stage=stage, replay=decisions is not None)
     chosen = _pipeline(pipeline, opset, stage, replay=decisions is not None)
+    if decisions is not None:
+        _check_replay(opset=opset, stage=stage, threads=threads, budget=budget, contrib=contrib)
     with paused_gc():
         original = load(model)
         original.settled = original.snapshot()  # nobody else has it
@@ -305,6 +307,20 @@ def _pipeline(given: Pipeline | str | None, opset: int | None, stage: Stage, *, 
     if stage != "lowering":
         raise SpecError("a stage belongs to the default pipeline", hint="leave out --stage or --pipeline")
     return parse_pipeline(given) if isinstance(given, str) else given
+
+
+REPLAYED: Mapping[str, Any] = {
+    "opset": DEFAULT_OPSET, "stage": "lowering", "threads": None, "contrib": False, "budget": BUDGET,
+}  # fmt: skip
+"""What decisions settle themselves, and what it is where nothing is asked for."""
+
+
+def _check_replay(**options: Any) -> None:
+    """Raise SpecError: something is asked for that the decisions settle, or that only measuring needs."""
+    for name, value in options.items():
+        if value != REPLAYED[name]:
+            what = "are replayed without measuring" if name == "budget" else f"have their own {name}"
+            raise SpecError(f"decisions {what}", at=f"--{name}", hint=f"leave out --{name} or --decisions")
 
 
 def _all(cases: Sequence[Samples]) -> Samples | None:

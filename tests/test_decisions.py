@@ -189,6 +189,27 @@ def test_the_command_line_writes_and_replays(cli: Cli, tmp_path: Path, timed: Ca
         replayed.unlink()
 
 
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        (["--opset", "18"], "decisions have their own opset"),
+        (["--opset", "0"], "decisions have their own opset"),
+        (["--stage", "canonical"], "decisions have their own stage"),
+        (["--threads", "2"], "decisions have their own threads"),
+        (["--contrib"], "decisions have their own contrib"),
+        (["--budget", "5"], "decisions are replayed without measuring"),
+    ],
+)
+def test_what_decisions_settle_is_not_asked_for(cli: Cli, tmp_path: Path, option: list[str], what: str) -> None:
+    onnx.save(net(), tmp_path / "net.onnx")
+    save_decisions(tmp_path / "d.json", graphopt.optimize(net(), measure=False).report.decisions or {})
+    ran = cli("optimize", tmp_path / "net.onnx", "--decisions", tmp_path / "d.json", *option, "--json")
+    assert ran.code == 2
+    assert ran.json["error"]["what"] == what
+    assert ran.json["error"]["at"] == option[0]
+    assert ran.json["error"]["hint"] == f"leave out {option[0]} or --decisions"
+
+
 def test_threads_and_shapes_of_the_command_line(cli: Cli, tmp_path: Path, timed: Callable[[float], None]) -> None:
     timed(0.5)
     path = tmp_path / "net.onnx"

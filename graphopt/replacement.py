@@ -32,6 +32,11 @@ RULE, FROM = "graphopt.rule", "graphopt.from"
 _NAMED = 16
 """Original nodes that the metadata of a new node names."""
 
+_UNINFERRED = (
+    onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError,
+)  # fmt: skip
+"""What ONNX raises where it cannot infer."""
+
 _SMALL = 1024
 """Elements of constants that shape inference is given."""
 
@@ -140,7 +145,7 @@ def _infer(made: Call, planned: Replacement) -> None:
         schema = onnx.defs.get_schema(made.op, planned.opset, made.domain)
         imports = [onnx.helper.make_opsetid("", planned.opset)]
         found = onnx.shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=imports)
-    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+    except _UNINFERRED:
         pass  # another domain, or shapes that do not fit: the driver compares what is known
     for i, name in enumerate(outputs):
         planned.types[id(made), i] = _read_type(found.get(name))

@@ -147,6 +147,7 @@ def run_model(model: str, settings: Settings) -> dict[str, Row]:
         feed = next(zoo.feeds(model, 0, shapes=SHAPES.get(model)))
         for n in THREADS:
             files = {name: folder / f"{measured(n) if name == OURS else name}.onnx" for name in good}
+            files = {name: path for name, path in files.items() if path.exists()}  # what failed is told in its row
             for name, ratio in ratios({"": zoo.fetch(model), **files}, feed, n, settings.plan).items():
                 rows[name].latency[n] = ratio.to_dict()
     return rows

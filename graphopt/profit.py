@@ -22,6 +22,7 @@ from graphopt.errors import GateMissedError
 from graphopt.judge import Candidate, Comparison, Judge, negligible, shared
 from graphopt.pipeline import Pipeline, Result, Site
 from graphopt.ratio import Ratio
+from graphopt.report import NO_TIME
 
 Verdict = Literal["kept", "left out", "partly kept"]
 
@@ -171,8 +172,8 @@ class Search:
         if not each.default_on:
             return "left out", f"{tie}, and it runs only where it is faster"
         if nodes > 0:
-            return "left out", f"{tie}, and {nodes} nodes more with it"
-        return "kept", f"{tie}" + (f", and {-nodes} nodes fewer with it" if nodes else "")
+            return "left out", f"{tie}, and {nodes} node{'s' * (nodes != 1)} more with it"
+        return "kept", f"{tie}" + (f", and {-nodes} node{'s' * (nodes != -1)} fewer with it" if nodes else "")
 
     def _try_variants(self, each: type[Pass], family: Family) -> None:
         for variant in self._variants(each):
@@ -222,7 +223,7 @@ class Search:
         """Run another selection; None where no time is left for that."""
         looking = (SHORTEST + self.judge.overhead) * len(self.judge.conditions)
         if self.judge.left < looking + sum(r.seconds for r in self.result.report.passes):
-            family.reason = family.reason or "not measured: no time was left"
+            family.reason = family.reason or NO_TIME
             return None
         self.judge.progress(f"running without or with {family.name}")
         try:

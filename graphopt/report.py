@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+FEW = 8
+"""Passes of which each near miss is worth a look: the user named them."""
+
+REASONS = 5
+"""Near misses that are printed with their reasons."""
+
+NO_TIME = "not measured: no time was left"
+"""The reason of an optional pass that the budget did not reach."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +119,38 @@ def human_bytes(count: float) -> str:
 def render(report: Report) -> Group:
     """Return the report for a terminal."""
     rows = rows_by_pass(report.passes)
-    shown = [row for row in rows if row["changes"] or row["failed"]]
+    few = len(rows) <= FEW
+    shown = [row for row in rows if row["changes"] or row["failed"] or (few and row["blocked"])]
     parts: list[Any] = [_passes_table(shown)] if shown else []
     idle = len(rows) - len(shown)
     if idle:
         parts.append(_line(f"{idle} {'other ' * bool(shown)}pass{'es' * (idle != 1)} found nothing to change"))
+    parts += [_line(line) for line in near_miss_lines(rows)]
     parts += [_families_table(report.families)] if report.families else []
-    parts += [_line(line) for line in summary_lines(report)]
+    parts += [_line(line) for line in (*unmeasured_lines(report.families), *summary_lines(report))]
     for record in report.failures:
         parts.append(_line(f"! {record.name} was rolled back: {record.failure}", "red"))
         parts += [_line(f"  reproducer: {record.reproducer}")] if record.reproducer else []
     return Group(*parts)
+
+
+def near_miss_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return where passes did not fire and why, the first ones; of a long pipeline how many there are."""
+    found = [miss for row in rows for miss in row["misses"]]
+    if not found:
+        return []
+    if len(rows) > FEW:
+        return [f"near misses: {len(found)}, with reasons in `graphopt explain MODEL` or --json"]
+    lines = [f"near miss at {miss['where']}: {miss['why']}" for miss in found[:REASONS]]
+    more = len(found) - len(lines)
+    return lines + ([f"and {more} near miss{'es' * (more != 1)} more, with reasons in --json"] if more else [])
+
+
+def unmeasured_lines(families: Iterable[dict[str, Any]]) -> list[str]:
+    """Return how many optional passes there was no time to measure, and what to do about it."""
+    count = sum(family["reason"] == NO_TIME for family in families)
+    many = "families" if count != 1 else "family"
+    return [f"{count} {many} not measured: --budget SECONDS gives more time"] if count else []
 
 
 def _line(text: str, style: str = "") -> Text:
@@ -181,7 +211,7 @@ def rows_by_pass(records: Iterable[PassRecord]) -> list[dict[str, Any]]:
         row["nodes"] += record.after.nodes - record.before.nodes
         row["weight_bytes"] += record.after.weight_bytes - record.before.weight_bytes
         row["seconds"] += record.seconds
-        row["blocked"] = len(record.blocked)
+        row["blocked"], row["misses"] = len(record.blocked), record.blocked
         row["failed"] |= record.failure is not None
     return list(rows.values())
 

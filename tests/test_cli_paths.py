@@ -1,19 +1,24 @@
-"""Files and plugins of the command line: none overwrites another, and what cannot be used is said before the work."""
+"""The command line on files, plugins and near misses: nothing is overwritten, and what is not done is said."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 
+from graphopt import Change, Context, Pass
 from graphopt.errors import SpecError
 from graphopt.external import check_writable
 from graphopt.optimizer import default_pipeline, parse_pipeline
+from graphopt.registry import register
+from graphopt.report import NO_TIME, unmeasured_lines
 
 Cli = Callable[..., Any]
 
@@ -149,3 +154,61 @@ def test_default_stands_alone(text: str) -> None:
         parse_pipeline(text)
     assert caught.value.at == text
     assert caught.value.hint
+
+
+@register
+@dataclass(frozen=True)
+class Misses(Pass):
+    """Never fires (test pass)."""
+
+    name: ClassVar[str] = "cli-misses"
+    count: int = 1
+
+    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
+        for number in range(self.count):
+            yield Change(f"node{number}", "rewrite", "it is [bold] today")
+
+
+@register
+@dataclass(frozen=True)
+class Rename(Pass):
+    """Renames the graph, as if that were a family of rewrites (test pass)."""
+
+    name: ClassVar[str] = "cli-rename"
+    optional: ClassVar[bool] = True
+
+    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
+        if graph.name != "other":
+            yield Change("graph", "rename", apply=lambda: setattr(graph, "name", "other"))
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, None), (6, "1 near miss more"), (7, "2 near misses more")])
+def test_run_tells_why_nothing_changed(cli: Cli, model: Path, count: int, more: str | None) -> None:
+    lines = cli("run", model, "-p", f"cli-misses{{count={count}}}, fold-if").out.splitlines()
+    assert any(line.startswith("cli-misses") and line.endswith(f"{count} blocked") for line in lines)
+    assert "1 other pass found nothing to change" in lines
+    said = [line for line in lines if line.startswith("near miss at ")]
+    assert said == [f"near miss at node{number}: it is [bold] today" for number in range(min(count, 5))]
+    assert [line for line in lines if line.startswith("and ")] == (
+        [f"and {more}, with reasons in --json"] if more else []
+    )
+
+
+def test_long_pipelines_count_their_near_misses(cli: Cli, model: Path) -> None:
+    out = cli("optimize", model, "--no-measure", "-p", "default, cli-misses{count=3}").out
+    assert "near misses: 3, with reasons in `graphopt explain MODEL` or --json\n" in out
+    assert "near miss at" not in out
+    assert "near miss" not in cli("optimize", model, "--no-measure").out
+
+
+def test_families_without_time_are_counted() -> None:
+    families = [{"reason": reason} for reason in (NO_TIME, "faster with it", NO_TIME)]
+    assert unmeasured_lines(families) == ["2 families not measured: --budget SECONDS gives more time"]
+    assert unmeasured_lines(families[:1]) == ["1 family not measured: --budget SECONDS gives more time"]
+    assert unmeasured_lines(families[1:2]) == []
+
+
+def test_a_budget_of_nothing_is_told_of(cli: Cli, model: Path) -> None:
+    ran = cli("optimize", model, "--budget", "0", "--threads", "1", "-p", "cli-rename")
+    assert ran.code == 0
+    assert "1 family not measured: --budget SECONDS gives more time" in ran.out.splitlines()

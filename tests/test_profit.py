@@ -215,8 +215,8 @@ def test_ties_keep_the_model_of_fewer_nodes(clock: Clock) -> None:
     assert ops(result) == ["Relu"] * (NODES - 1)
     longer, shorter = family(result, "profit-longer"), family(result, "profit-shorter")
     assert (longer["verdict"], shorter["verdict"]) == ("left out", "kept")
-    assert longer["reason"] == "no difference beyond doubt, and 1 nodes more with it"
-    assert shorter["reason"] == "no difference beyond doubt, and 1 nodes fewer with it"
+    assert longer["reason"] == "no difference beyond doubt, and 1 node more with it"
+    assert shorter["reason"] == "no difference beyond doubt, and 1 node fewer with it"
 
 
 def test_the_best_variant_is_taken(clock: Clock) -> None:

@@ -21,6 +21,7 @@ from graphopt.judge import Condition, Judge, Progress, judging
 from graphopt.model import Model, Snapshot, Source, load
 from graphopt.pipeline import OnFailure, Pipeline, Result, Run, Settings, Verify
 from graphopt.profit import Family, Search, static_selection
+from graphopt.random_feeds import described
 from graphopt.report import Report
 from graphopt.samples import Samples
 from graphopt.timing import prepare
@@ -340,7 +341,7 @@ class _Chained(Samples):
     @property
     def description(self) -> str:
         """All descriptions."""
-        return "; ".join(case.description for case in self._cases)
+        return described(self._cases)
 
     @description.setter
     def description(self, text: str) -> None:

@@ -83,12 +83,22 @@ class _RandomSamples(Samples):
     @property
     def description(self) -> str:
         """Number, seed and, once they are chosen, shapes."""
-        feeds = "feed" if self._count == 1 else "feeds"
-        return f"{self._count} random {feeds} (seed {self._maker.seed}{self._maker.shapes_text()})"
+        return described([self])
 
     @description.setter
     def description(self, text: str) -> None:
         del text
+
+
+def described(cases: Sequence[Samples]) -> str:
+    """Return samples in words, random feeds of one seed as one set."""
+    made = [case for case in cases if isinstance(case, _RandomSamples)]
+    if len(made) < len(cases) or len({case._maker.seed for case in made}) != 1:
+        return "; ".join(case.description for case in cases)
+    count = sum(case._count for case in made)
+    shapes = dict.fromkeys(text for case in made for text in case._maker.shape_texts())
+    shown = f"; {', then '.join(shapes)}" if shapes else ""
+    return f"{count} random feed{'s' * (count != 1)} (seed {made[0]._maker.seed}{shown})"
 
 
 def checked_shapes(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
@@ -101,7 +111,7 @@ def checked_shapes(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[st
     for name, shape in shapes.items():
         if name not in specs:
             hint = did_you_mean(name, specs) or f"its inputs: {', '.join(specs) or 'none'}"
-            raise DataError(f"the model has no input '{name}'", at="shapes", hint=hint)
+            raise DataError(f"the model has no input '{name}'", at="--shape", hint=hint)
         wanted = specs[name].shape
         if any(int(size) < 0 for size in shape):
             raise DataError(f"a shape has no negative sizes: {list(shape)}", at=f"input '{name}'")
@@ -160,16 +170,14 @@ class _Maker:
                 self._session = None
         return self._make(index, self.choices[index])
 
-    def shapes_text(self) -> str:
-        """Return the shapes chosen so far, for inputs with dynamic dimensions."""
-        if not self.choices or not self.dims.names:
-            return ""
-        texts = []
+    def shape_texts(self) -> Iterator[str]:
+        """Return the shapes of each feed chosen so far, of inputs that could have others."""
         for choice in self.choices.values():
             shapes = self.dims.shapes(choice.sizes)
-            dynamic = [n for n, dims in self.dims.inputs.items() if any(isinstance(d, str) for d in dims)]
-            texts.append(" ".join(f"{n} {'x'.join(map(str, shapes[n])) or 'scalar'}" for n in dynamic))
-        return f"; {', then '.join(dict.fromkeys(texts))}" if texts else ""
+            open_ = [n for n, dims in self.dims.inputs.items() if any(isinstance(d, str) for d in dims)]
+            named = [n for n in shapes if n in open_ or n in self.given]
+            if named:
+                yield " ".join(f"{n} {'x'.join(map(str, shapes[n])) or 'scalar'}" for n in named)
 
     def _make(self, index: int, choice: Choice) -> Feeds:
         shapes = self.dims.shapes(choice.sizes)

@@ -212,3 +212,14 @@ def test_a_budget_of_nothing_is_told_of(cli: Cli, model: Path) -> None:
     ran = cli("optimize", model, "--budget", "0", "--threads", "1", "-p", "cli-rename")
     assert ran.code == 0
     assert "1 family not measured: --budget SECONDS gives more time" in ran.out.splitlines()
+
+
+def test_several_shapes_are_said_as_one_set_of_feeds(cli: Cli, model: Path) -> None:
+    ran = cli("optimize", model, "--no-measure", "--shape", "x=1,4", "--shape", "x=8,4", "--json")
+    assert ran.json["samples"] == "4 random feeds (seed 0; x 1x4, then x 8x4)"
+
+
+def test_shapes_of_no_input_name_their_option(cli: Cli, model: Path) -> None:
+    ran = cli("optimize", model, "--no-measure", "--shape", "z=1,4", "--json")
+    assert ran.code == 2
+    assert (ran.json["error"]["at"], ran.json["error"]["hint"]) == ("--shape", "its inputs: x")

@@ -428,7 +428,7 @@ def test_several_sets_of_shapes_are_all_measured(clock: Clock) -> None:
     assert result.report.timing is not None
     labels = list(result.report.timing["conditions"])
     assert labels == ["1 thread, x[1,4]", "2 threads, x[1,4]", "1 thread, x[8,4]", "2 threads, x[8,4]"]
-    assert result.report.samples == "2 random feeds (seed 0); 2 random feeds (seed 0)"
+    assert result.report.samples == "4 random feeds (seed 0; x 1x4, then x 8x4)"
 
 
 def test_sites_named_in_the_settings_are_skipped() -> None:

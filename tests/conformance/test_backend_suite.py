@@ -43,7 +43,8 @@ AT_LEAST = 1464
 
 NOT_IN_SUITE = {
     "eliminate-casts", "expand-einsum", "flush-denormals", "fuse-convs", "fuse-linear", "lower-affine",
-    "lower-attention", "lower-conv1d", "lower-normalization", "lower-pools", "lower-upsampling", "merge-parallel", "widen-channels",
+    "lower-attention", "lower-conv1d", "lower-normalization", "lower-pools", "lower-upsampling", "merge-parallel",
+    "widen-channels",
 }  # fmt: skip
 """Passes for which the suite has no model with constant weights (the zoo, golden and random tests have)."""
 

@@ -276,8 +276,8 @@ def _useless(x: Value, wide: Value, y: Value) -> str | None:
     return None
 
 
-class ExpandLeft(Rule):
-    """Expand(x, s) + y -> x + y    where y has those sizes; any operator that broadcasts"""
+class ExpandOfOperand(Rule):
+    """Expand(x, s) + y -> x + y    where y has those sizes; on either side of any operator that broadcasts"""
 
     types = None
     min_opset = 8
@@ -286,7 +286,8 @@ class ExpandLeft(Rule):
     @staticmethod
     def pattern(op: Op, x: Value, s: Value, y: Value) -> Value:
         wide = op.Expand(x, s, name="expand")
-        return op.any(*(getattr(op, kind)(wide, y, name="op") for kind in _BINARY))
+        left = (getattr(op, kind)(wide, y, name="left") for kind in _BINARY)
+        return op.any(*left, *(getattr(op, kind)(y, wide, name="right") for kind in _BINARY))
 
     @staticmethod
     def check(x: Value, y: Value, m: Match) -> str | None:
@@ -294,28 +295,7 @@ class ExpandLeft(Rule):
 
     @staticmethod
     def rewrite(x: Value, y: Value, m: Match) -> Value:
-        return m["op"].again(x, y)
-
-
-class ExpandRight(Rule):
-    """y - Expand(x, s) -> y - x    where y has those sizes; any operator that broadcasts"""
-
-    types = None
-    min_opset = 8
-    shared = True
-
-    @staticmethod
-    def pattern(op: Op, x: Value, s: Value, y: Value) -> Value:
-        wide = op.Expand(x, s, name="expand")
-        return op.any(*(getattr(op, kind)(y, wide, name="op") for kind in _BINARY))
-
-    @staticmethod
-    def check(x: Value, y: Value, m: Match) -> str | None:
-        return _useless(x, Value("wide", m["expand"].node.outputs[0], m.shapes), y)
-
-    @staticmethod
-    def rewrite(x: Value, y: Value, m: Match) -> Value:
-        return m["op"].again(y, x)
+        return m["left"].again(x, y) if "left" in m else m["right"].again(y, x)
 
 
 RULES: tuple[type[Rule], ...] = (
@@ -324,6 +304,5 @@ RULES: tuple[type[Rule], ...] = (
     PadIntoAveragePool,
     PadIntoMaxPool,
     TileOfOnes,
-    ExpandLeft,
-    ExpandRight,
+    ExpandOfOperand,
 )

@@ -6,13 +6,14 @@ result.save("model.fast.onnx")
 
 from graphopt import interrupt as _interrupt  # first: what follows takes time, and Ctrl-C may come
 from graphopt.base import Change, Context, Pass, Target
+from graphopt.bisection import bisect
 from graphopt.data import load_samples
 from graphopt.errors import GateMissedError, GraphoptError, InputError, InternalError
 from graphopt.explain import explain
 from graphopt.inspect import inspect
 from graphopt.model import Model, load
 from graphopt.optimizer import optimize
-from graphopt.pipeline import Pipeline, Result, Settings, bisect
+from graphopt.pipeline import Pipeline, Result, Settings
 from graphopt.registry import load_plugin, register
 from graphopt.rewrite import Rule, RulePass
 from graphopt.timing import bench

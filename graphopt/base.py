@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt.errors import SpecError, did_you_mean
+from graphopt.errors import DataError, SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from graphopt.analysis.shapes import Shapes
+    from graphopt.calibrate import Calibration
+    from graphopt.grams import Gram, GramRequest
     from graphopt.model import Model
     from graphopt.samples import Samples
 
@@ -53,6 +55,16 @@ class Target:
     here: bool = True
 
 
+class Observes(Protocol):
+    """Runs the model as it is on the samples (implemented in `observation.py`)."""
+
+    def calibration(self, tensors: Iterable[str], channels: Mapping[str, int] | None = None) -> Calibration:
+        """Return statistics of tensors of the main graph."""
+
+    def grams(self, requests: Mapping[str, GramRequest]) -> dict[str, Gram]:
+        """Return Gram matrices of layer inputs."""
+
+
 @dataclass
 class Context:
     """What a pass may use besides its graph.
@@ -65,6 +77,8 @@ class Context:
         samples: representative feeds, when the user gave some.
         original_bytes: size of the file that the original model makes.
         notes: sentences for the report that are not about one change.
+        observer: measures what flows through the model.
+        reference: returns the model before its first lossy pass, its tensors under the same names.
     """
 
     model: Model
@@ -74,6 +88,8 @@ class Context:
     samples: Samples | None = None
     original_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    observer: Observes | None = None
+    reference: Callable[[], Model] | None = None
     _shapes: Shapes | None = None
     _names: set[str] | None = None
 
@@ -85,6 +101,31 @@ class Context:
 
             self._shapes = Shapes(self.model)
         return self._shapes
+
+    def calibration(self, tensors: Iterable[str], channels: Mapping[str, int] | None = None) -> Calibration:
+        """Return statistics of tensors of the main graph as it is now, on the samples.
+
+        Args:
+            tensors: their names.
+            channels: name -> axis, of those that are to have statistics per channel too.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        return self._observing().calibration(tensors, channels)
+
+    def grams(self, requests: Mapping[str, GramRequest]) -> dict[str, Gram]:
+        """Return Gram matrices of layer inputs as the graph is now, on the samples.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        return self._observing().grams(requests)
+
+    def _observing(self) -> Observes:
+        if self.observer is None:
+            raise DataError("values are measured on samples, and there are none", hint="give --data")
+        return self.observer
 
     def forget(self) -> None:
         """Drop cached analyses: the graph has changed since."""

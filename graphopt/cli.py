@@ -164,10 +164,10 @@ def run(
 ) -> None:
     """Run exactly the passes you name."""
     from graphopt.base import Target  # noqa: PLC0415
+    from graphopt.bisection import bisect as run_bisect  # noqa: PLC0415
     from graphopt.data import load_samples  # noqa: PLC0415
     from graphopt.model import load  # noqa: PLC0415
     from graphopt.pipeline import Settings  # noqa: PLC0415
-    from graphopt.pipeline import bisect as run_bisect  # noqa: PLC0415
 
     _check_files({"MODEL": model, "--data": data, "--pipeline": pipeline, "--output": output}, output)
     plugins = _load_plugins(plugin)

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import onnx
 
@@ -25,6 +25,7 @@ from graphopt.data import load_samples
 from graphopt.errors import GateMissedError, GraphoptError, ModelError, SpecError, last_frame
 from graphopt.importer import paused_gc
 from graphopt.model import Model, Snapshot, Source, from_snapshot, load
+from graphopt.observation import Observer
 from graphopt.order import sort_nodes
 from graphopt.report import PassRecord, Report, Size
 from graphopt.reproducer import save_reproducer
@@ -33,6 +34,9 @@ from graphopt.samples import Samples
 from graphopt.structure import Structure
 from graphopt.tensors import mappings, release
 from graphopt.validate import Reference, Validation
+
+if TYPE_CHECKING:
+    from graphopt.calibrate import Calibration
 
 Verify = Literal["each", "end", "off"]
 OnFailure = Literal["continue", "stop"]
@@ -65,6 +69,7 @@ class Settings:
         stop_after: name of a pass after whose first run the pipeline ends.
         limit: apply only the first `limit` changes (what bisection varies).
         skip: changes that are not applied: measured, and found not to pay.
+        known: statistics of tensors, taken before, so that passes need not measure them again.
         reproducers: folder for reproducers of failing passes, None to write none.
         printer: takes what `print_after` prints.
         watch: told of every change and near miss as passes propose them, with the record of the pass.
@@ -78,6 +83,7 @@ class Settings:
     stop_after: str | None = None
     limit: int | None = None
     skip: frozenset[Site] = frozenset()
+    known: Calibration | None = None
     reproducers: Path | None = None
     printer: Printer = print
     watch: Watch | None = None
@@ -225,7 +231,7 @@ class Run:
         self.last_change = ""
         self.stopped = False
         self._mapped = mappings(model.weights()) if model.weight_bytes() > RELEASE_ABOVE else []
-        self._pending = self.snapshot
+        self._pending = self._before_loss = self.snapshot
         self._shapes: Shapes | None = None
         self._done: dict[str, Snapshot] = {}
         self.exactness: Exactness = "exact"
@@ -327,6 +333,10 @@ class Run:
     def _apply(self, step: Pass, record: PassRecord) -> bool:
         """Apply a pass's changes; return whether the model is another one now."""
         context = Context(self.model, evaluate, self.settings.target, self.settings.seed, self.samples, self._bytes)
+        context.observer = Observer(self.model, self.samples, self.settings.known, self.settings.seed)
+        if self.exactness == "exact":
+            self._before_loss = self.snapshot
+        context.reference = lambda: from_snapshot(self._before_loss)
         context._shapes, self._shapes = self._shapes, None
         graphs = list(self.model.graphs()) if step.scope == "graph" else [self.model.graph]
         self._new_sites.clear()
@@ -455,43 +465,3 @@ def make_reference(model: Model, samples: Samples | None, settings: Settings) ->
     for mode in reference.modes:  # an original that does not load is the user's to know, not a pass's fault
         reference.session(mode)
     return reference
-
-
-def bisect(
-    pipeline: Pipeline, model: Source, *, samples: Samples | None = None, settings: Settings | None = None
-) -> str:
-    """Find the first change that breaks the model; return it in words.
-
-    Runs the pipeline with the first n changes only, n by binary search, each result checked against the original.
-
-    Raises:
-        SpecError: the whole pipeline breaks nothing.
-    """
-    base = Settings(**{**vars(settings or Settings()), "verify": "off", "on_failure": "stop", "reproducers": None})
-    original = load(model)
-    reference = make_reference(original, samples, base)
-
-    def attempt(limit: int | None) -> tuple[bool, int, str]:
-        run = Run(pipeline, original, samples, Settings(**{**vars(base), "limit": limit}))
-        try:
-            run.transform()
-            result = run.finish()
-        except StopPipelineError as error:
-            return False, run.applied, f"{run.last_change} ({error.what})"
-        fine = reference.check(result.model, exactness=run.exactness)
-        return fine.ok, run.applied, f"{run.last_change} ({'; '.join(fine.failures)})"
-
-    fine, total, what = attempt(None)
-    if fine:
-        raise SpecError("nothing to bisect: the whole pipeline keeps the outputs", hint="give the failing --data")
-    low, high = 0, total
-    while high - low > 1:
-        middle = (low + high) // 2
-        fine, _, found = attempt(middle)
-        if fine:
-            low = middle
-        else:
-            high, what = middle, found
-    if high == total and total:
-        _, _, what = attempt(high)
-    return f"change {high} of {total}: {what}"

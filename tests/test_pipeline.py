@@ -15,10 +15,11 @@ import pytest
 
 import graphopt
 from graphopt import Change, Context, Pass, Pipeline, Settings
+from graphopt.bisection import bisect
 from graphopt.data import load_samples
 from graphopt.edit import Edit
 from graphopt.errors import ModelError, SpecError
-from graphopt.pipeline import StopPipelineError, bisect
+from graphopt.pipeline import StopPipelineError
 from graphopt.ratio import Ratio
 from graphopt.registry import register
 

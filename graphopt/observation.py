@@ -1,0 +1,60 @@
+"""What a pass may ask about the values that flow through the model: run on the user's samples, and only when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from graphopt.errors import DataError
+from graphopt.model import Model
+from graphopt.samples import Samples
+
+if TYPE_CHECKING:
+    from graphopt.calibrate import Calibration
+    from graphopt.grams import Gram, GramRequest
+
+
+@dataclass
+class Observer:
+    """Runs a model as it is when asked.
+
+    Attributes:
+        model: the one that passes edit.
+        samples: representative feeds; random ones stand for nothing, and are refused.
+        known: statistics taken before, which hold as long as the tensors that they name are computed the same way.
+        seed: for every random choice.
+    """
+
+    model: Model
+    samples: Samples | None
+    known: Calibration | None = None
+    seed: int = 0
+
+    def calibration(self, tensors: Iterable[str], channels: Mapping[str, int] | None = None) -> Calibration:
+        """Return statistics of tensors of the main graph, per channel for those in `channels` (name -> axis).
+
+        Raises:
+            DataError: there are no samples.
+        """
+        from graphopt.calibrate import calibrate  # noqa: PLC0415  (heavy imports only when needed)
+
+        names = list(dict.fromkeys((*tensors, *(channels or {}))))
+        if self.known is not None and not channels and set(names) <= set(self.known.names):
+            return self.known
+        return calibrate(self.model, self._samples("ranges"), names, channels=channels or {}, seed=self.seed)
+
+    def grams(self, requests: Mapping[str, GramRequest]) -> dict[str, Gram]:
+        """Return Gram matrices of layer inputs, by the label of the request.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        from graphopt.grams import collect  # noqa: PLC0415
+
+        return collect(self.model, self._samples("second moments"), requests)
+
+    def _samples(self, what: str) -> Samples:
+        if self.samples is None or self.samples.random:
+            raise DataError(f"{what} are measured on samples, and there are none", hint="give --data")
+        return self.samples

@@ -1,0 +1,251 @@
+"""Number codes: how a float array becomes small integers and back.
+
+Affine codes are ONNX's QuantizeLinear and DequantizeLinear (opset 21): one scale and zero point per tensor, per channel
+or per block along an axis.  A scale is always a normal positive float32, and zero is always exactly representable.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.errors import DataError, SpecError
+
+Array: TypeAlias = npt.NDArray[Any]
+Floats: TypeAlias = npt.NDArray[np.float32]
+WeightMethod = Literal["absmax", "mse"]
+
+TINY = float(np.finfo(np.float32).tiny)
+"""Smallest normal float32: kernels flush what is below to zero and would divide by it."""
+LARGEST = float(np.finfo(np.float32).max)
+
+SHRINKS: tuple[float, ...] = tuple(np.linspace(1.0, 0.3, 71).tolist())
+"""What `mse` tries to cut a weight's range to."""
+
+_ROWS = 1 << 22
+
+
+def code_range(dtype: npt.DTypeLike) -> tuple[int, int]:
+    """Return the smallest and largest code of an integer storage type.
+
+    Raises:
+        SpecError: not an integer type.
+    """
+    kind = np.dtype(dtype)
+    try:
+        info = ml_dtypes.iinfo(kind)
+    except ValueError as error:
+        raise SpecError(f"{kind.name} holds no integer codes", hint="int4, uint4, int8, uint8, int16, uint16") from error
+    return int(info.min), int(info.max)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The code ``round(x / scale) + zero_point``, saturated.
+
+    Attributes:
+        scale: float32; a scalar, one per channel (1-D), or one per block (the values' rank, `axis` divided by `block`).
+        zero_point: codes, shaped as `scale`; its dtype is the storage type.
+        axis: of the channels, or the one that blocks lie along; None for one scale.
+        block: values per block along `axis`; the last block may be shorter.  0 for none.
+        limits: codes used, where these are fewer than the storage holds (7 bits in an int8, -127 to 127).
+    """
+
+    scale: Floats
+    zero_point: Array
+    axis: int | None = None
+    block: int = 0
+    limits: tuple[int, int] | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The storage type."""
+        return self.zero_point.dtype
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return self.limits or code_range(self.dtype)
+
+    @property
+    def low(self) -> Array:
+        """The smallest value that is not saturated (float64, shaped as `scale`)."""
+        return np.asarray((self.codes[0] - self.zero_point.astype(np.float64)) * self.scale)
+
+    @property
+    def high(self) -> Array:
+        """The largest value that is not saturated."""
+        return np.asarray((self.codes[1] - self.zero_point.astype(np.float64)) * self.scale)
+
+    def quantize(self, values: Array) -> Array:
+        """Return the codes of float32 values as ONNX Runtime's QuantizeLinear makes them: half to even, saturated.
+
+        Infinities saturate.  NaN has no code; it becomes the smallest one.
+        """
+        values = np.asarray(values, np.float32)
+        smallest, largest = self.codes
+        zero = self._spread(self.zero_point.astype(np.float32), values.shape)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = values / self._spread(self.scale, values.shape)
+        rounded = np.rint(np.clip(scaled, smallest - zero, largest - zero)) + zero
+        return np.nan_to_num(rounded, nan=smallest).astype(np.int32).astype(self.dtype)
+
+    def dequantize(self, codes: Array) -> Floats:
+        """Return float32 values as DequantizeLinear makes them."""
+        zero = self._spread(self.zero_point.astype(np.int32), codes.shape)
+        found = (codes.astype(np.int32) - zero).astype(np.float32) * self._spread(self.scale, codes.shape)
+        return np.asarray(found, np.float32)
+
+    def approximate(self, values: Array) -> Floats:
+        """Return the values that come back from their codes."""
+        return self.dequantize(self.quantize(values))
+
+    def _spread(self, parameter: Array, shape: tuple[int, ...]) -> Array:
+        return spread(parameter, shape, self.axis, self.block)
+
+
+def spread(parameter: Array, shape: tuple[int, ...], axis: int | None, block: int) -> Array:
+    """Return scales or zero points in a shape that broadcasts with values of `shape`."""
+    if parameter.ndim == 0 or axis is None:
+        return parameter
+    axis %= len(shape)
+    if block:
+        return np.repeat(parameter, block, axis=axis).take(np.arange(shape[axis]), axis=axis)
+    return parameter.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+
+
+def activation_code(
+    low: float, high: float, dtype: npt.DTypeLike = np.uint8, symmetric: bool = False
+) -> Affine:
+    """Return the scalar code of a range, which is widened to hold zero.
+
+    Args:
+        low: smallest value; what is below saturates.
+        high: largest value.
+        dtype: storage.
+        symmetric: put zero in the middle: code 0 of signed types, 2^(bits-1) of unsigned ones.
+
+    Raises:
+        DataError: NaN, or `low` above `high`.
+    """
+    if not low <= high:
+        raise DataError(f"no range: from {low} to {high}")
+    low, high = max(min(low, 0.0), -LARGEST), min(max(high, 0.0), LARGEST)
+    smallest, largest = code_range(dtype)
+    if symmetric:
+        middle = (smallest + largest + 1) // 2
+        scale = normal(max(-low, high) / (largest - middle))
+        return Affine(scale, np.asarray(middle).astype(dtype))
+    scale = normal((high - low) / (largest - smallest))
+    zero = min(max(round(smallest - low / float(scale)), smallest), largest)
+    return Affine(scale, np.asarray(zero).astype(dtype))
+
+
+def normal(scale: npt.ArrayLike) -> Floats:
+    """Return scales as float32, zeros as 1, others raised to the smallest normal float and cut to the largest."""
+    found = np.asarray(scale, np.float64)
+    found = np.where(found == 0, 1.0, np.clip(found, TINY, LARGEST))
+    return np.asarray(found, np.float32)
+
+
+def storage(bits: int, signed: bool) -> np.dtype[Any]:
+    """Return the smallest storage type of so many bits.
+
+    Raises:
+        SpecError: not 1 to 16 bits.
+    """
+    if not 1 < bits <= 16:
+        raise SpecError(f"codes have 2 to 16 bits, not {bits}")
+    names = ("int4", "int8", "int16") if signed else ("uint4", "uint8", "uint16")
+    name = names[0 if bits <= 4 else 1 if bits <= 8 else 2]
+    return np.dtype(getattr(ml_dtypes, name, None) or name)
+
+
+def weight_code(
+    values: Array, axis: int | None, bits: int = 8, symmetric: bool = True, block: int = 0,
+    method: WeightMethod = "absmax", narrow: bool = False,
+) -> Affine:  # fmt: skip
+    """Return the code of a constant.
+
+    Args:
+        values: float weights.
+        axis: one scale per index of this axis; with `block`, the axis that blocks lie along and every other index has
+            scales of its own; None for one scale.
+        bits: per code, 2 to 16, in the smallest type that holds them (7 bits go in an int8).
+        symmetric: signed codes and zero point 0; else unsigned ones.
+        block: values per block along `axis`.
+        method: `absmax` maps the largest value to the largest code; `mse` cuts the range to where the squared error is
+            least.
+        narrow: leave out the smallest signed code, so that the range is as long on both sides.
+
+    Raises:
+        DataError: NaN or infinite weights.
+        SpecError: impossible options.
+    """
+    values = np.asarray(values, np.float32)
+    if not np.isfinite(values).all():
+        raise DataError("weights that are NaN or infinite have no code")
+    if block and axis is None:
+        raise SpecError("blocks lie along an axis", hint="give one")
+    axis = None if axis is None else axis % values.ndim
+    groups, shape = grouped(values, axis, block)
+    dtype = storage(bits, symmetric)
+    smallest, largest = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
+    limits = (smallest + narrow, largest) if symmetric else (smallest, largest)
+    low, high = (np.minimum(groups.min(axis=1, initial=0), 0), np.maximum(groups.max(axis=1, initial=0), 0))
+    scale, zero = _scale(low, high, symmetric, limits)
+    if method == "mse":
+        scale, zero = _least_error(groups, low, high, symmetric, limits)
+    return Affine(
+        scale.reshape(shape), zero.reshape(shape).astype(dtype), axis, block,
+        None if limits == code_range(dtype) else limits,
+    )  # fmt: skip
+
+
+def grouped(values: Array, axis: int | None, block: int) -> tuple[Array, tuple[int, ...]]:
+    """Return the values that share a scale as rows (short blocks filled with zeros), and the shape of the scales."""
+    if axis is None:
+        return values.reshape(1, -1), ()
+    if not block:
+        length = values.shape[axis]
+        return np.moveaxis(values, axis, 0).reshape(length, math.prod(values.shape) // max(length, 1)), (length,)
+    if block < 0:
+        raise SpecError(f"a block has at least one value, not {block}")
+    blocks = -(-values.shape[axis] // block)
+    padding = [(0, blocks * block - size if i == axis else 0) for i, size in enumerate(values.shape)]
+    cut = np.pad(values, padding).reshape(*values.shape[:axis], blocks, block, *values.shape[axis + 1 :])
+    rows = np.moveaxis(cut, axis + 1, -1)
+    return rows.reshape(-1, block), rows.shape[:-1]
+
+
+def _scale(low: Array, high: Array, symmetric: bool, limits: tuple[int, int]) -> tuple[Floats, Array]:
+    if symmetric:
+        return normal(np.maximum(-low, high).astype(np.float64) / limits[1]), np.zeros(len(low), np.int32)
+    scale = normal((high.astype(np.float64) - low) / (limits[1] - limits[0]))
+    zero = np.clip(np.rint(limits[0] - low / scale.astype(np.float64)), *limits)
+    return scale, zero.astype(np.int32)
+
+
+def _least_error(
+    groups: Array, low: Array, high: Array, symmetric: bool, limits: tuple[int, int]
+) -> tuple[Floats, Array]:
+    """Return each row's scale and zero point of least squared error among the shrunk ranges."""
+    best_scale, best_zero = _scale(low, high, symmetric, limits)
+    rows = max(1, _ROWS // max(groups.shape[1], 1))
+    for start in range(0, len(groups), rows):
+        part = slice(start, start + rows)
+        least = np.full(len(groups[part]), np.inf)
+        for shrink in SHRINKS:
+            scale, zero = _scale(low[part] * shrink, high[part] * shrink, symmetric, limits)
+            codes = np.clip(np.rint(groups[part] / scale[:, None]) + zero[:, None], *limits)
+            error = np.square((codes - zero[:, None]) * scale[:, None] - groups[part]).sum(axis=1, dtype=np.float64)
+            better = error < least
+            least[better] = error[better]
+            best_scale[part][better] = scale[better]
+            best_zero[part][better] = zero[better]
+    return best_scale, best_zero

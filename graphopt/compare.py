@@ -177,11 +177,9 @@ class OutputComparison:
     def _top1(self, a: Array, b: Array) -> None:
         if not looks_like_logits(a):
             return
-        classes = [n for n in a.shape if n > 1][-1] if a.shape[-1] == 1 else a.shape[-1]
-        x, y = a.reshape(-1, classes), b.reshape(-1, classes)
-        chosen = np.take_along_axis(x, np.argmax(y, axis=1)[:, None], axis=1)[:, 0]
-        self.top1_total += len(x)
-        self.top1_agree += int(np.count_nonzero(chosen == x.max(axis=1)))  # a tie in the reference is no error
+        agree = top1(a, b)
+        self.top1_total += agree.size
+        self.top1_agree += int(np.count_nonzero(agree))
 
     @property
     def cosine(self) -> float | None:
@@ -312,6 +310,14 @@ def looks_like_logits(values: Array) -> bool:
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return values.dtype.kind == "f" and len(shape) in (2, 3) and shape[-1] >= 2
+
+
+def top1(a: Array, b: Array) -> Array:
+    """Return, per row of class scores, whether the largest of `b` is a largest of `a`: a tie there is no error."""
+    classes = [n for n in a.shape if n > 1][-1] if a.shape[-1] == 1 else a.shape[-1]
+    x, y = a.reshape(-1, classes), b.reshape(-1, classes)
+    chosen = np.take_along_axis(x, np.argmax(y, axis=1)[:, None], axis=1)[:, 0]
+    return np.asarray(chosen == x.max(axis=1))
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Array | None]]:

@@ -1,0 +1,211 @@
+"""One output of a lossy result beside the reference's: how it is judged, and the numbers.
+
+An output is judged by what it looks like (`output_kind`, read off the reference's graph and first outputs):
+
+    classes     a softmax, or rows of scores that a Gemm, MatMul or Conv made: agreement of the largest, and SQNR
+    mask        a sigmoid: overlap (intersection over union) of what lies above 0.5, and SQNR
+    embedding   any other rows of numbers: mean cosine of a row with the reference's, and SQNR
+    values      any other float output: SQNR
+    exact       integers, booleans, strings: fraction of equal elements
+
+SQNR is 10 log10(sum a^2 / sum (a - b)^2) over all samples; 20 dB is noise of a tenth of the signal, which between
+vectors is a cosine of 0.995 (1 - 1 / (2 * 100)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analysis.outputs import probability_outputs
+from graphopt.compare import Array, looks_like_logits, top1
+from graphopt.model import Model
+from graphopt.tensors import is_float
+
+Kind: TypeAlias = Literal["classes", "mask", "embedding", "values", "exact"]
+
+LARGEST_SCORE = 150.0
+"""Score of equal outputs, dB: float32 itself rounds at about this."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one output must keep; None asks for nothing.  SQNR in dB, the others between 0 and 1."""
+
+    sqnr: float | None = None
+    cosine: float | None = None
+    agreement: float | None = None
+
+
+@dataclass
+class OutputQuality:
+    """One output (one leaf of it, for sequences) of a candidate beside the reference's, over all samples.
+
+    `rows` counts what `cosine` is the mean of, `decisions` what `agreement` is the part of.
+    """
+
+    name: str
+    kind: Kind
+    limits: Limits
+    rows: int = 0
+    decisions: int = 0
+    agreeing: int = 0
+    nonfinite: int = 0
+    different: str = ""
+    _signal: float = 0.0
+    _noise: float = 0.0
+    _cosines: float = 0.0
+
+    @property
+    def sqnr(self) -> float | None:
+        """Signal to noise, dB; `LARGEST_SCORE` without noise; None for exact types and where there is no signal."""
+        if self.kind == "exact" or not (self._signal > 0 or self._noise > 0):
+            return None
+        if self._signal <= 0 or not math.isfinite(self._noise):
+            return -LARGEST_SCORE
+        if self._noise <= 0:
+            return LARGEST_SCORE
+        return float(np.clip(10 * math.log10(self._signal / self._noise), -LARGEST_SCORE, LARGEST_SCORE))
+
+    @property
+    def cosine(self) -> float | None:
+        """Mean cosine of a row with the reference's; None where the output has no rows."""
+        return self._cosines / self.rows if self.rows else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Part of the decisions that stay; None where the output decides nothing."""
+        return self.agreeing / self.decisions if self.decisions else None
+
+    @property
+    def score(self) -> float:
+        """SQNR in dB; of exact types the same of the part of elements that differ."""
+        if self.different:
+            return -LARGEST_SCORE
+        if self.kind != "exact":
+            return LARGEST_SCORE if self.sqnr is None else self.sqnr
+        lost = self.decisions - self.agreeing
+        return 10 * math.log10(self.decisions / lost) if lost else LARGEST_SCORE
+
+    @property
+    def failures(self) -> list[str]:
+        """In words, what is missed."""
+        at = f"output '{self.name}': "
+        if self.different:
+            return [at + self.different]
+        found = [f"{self.nonfinite} values are NaN or infinite on one side only"] if self.nonfinite else []
+        for what, value, least, unit in (
+            ("SQNR", self.sqnr, self.limits.sqnr, " dB"),
+            ("mean cosine", self.cosine, self.limits.cosine, ""),
+            (_AGREEMENT[self.kind], self.agreement, self.limits.agreement, ""),
+        ):
+            if value is not None and least is not None and value < least:
+                found.append(f"{what} {value:.5g}{unit}, at least {least:g} asked")
+        return [at + what for what in found]
+
+    def add(self, reference: Array, candidate: Array) -> None:
+        """Take in one pair of arrays."""
+        if reference.shape != candidate.shape or reference.dtype != candidate.dtype:
+            self.different = (
+                f"{candidate.dtype}{list(candidate.shape)} instead of {reference.dtype}{list(reference.shape)}"
+            )
+        elif self.kind == "exact":
+            self.decisions += reference.size
+            self.agreeing += int(np.count_nonzero(np.asarray(reference == candidate)))
+        elif reference.size:
+            self._add_floats(_wide(reference), _wide(candidate))
+
+    def _add_floats(self, a: Array, b: Array) -> None:
+        finite = np.isfinite(a) & np.isfinite(b)
+        if not finite.all():
+            same = (a == b) | (np.isnan(a) & np.isnan(b))
+            self.nonfinite += int(np.count_nonzero(~finite & ~same))
+            a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+        gap = a - b
+        self._signal += float(np.vdot(a, a).real)
+        self._noise += float(np.vdot(gap, gap).real)
+        if self.kind in _HAS_ROWS:
+            self._add_rows(a, b)
+        if self.kind == "classes":
+            agree = top1(a, b)
+            self.decisions += agree.size
+            self.agreeing += int(np.count_nonzero(agree))
+        elif self.kind == "mask":
+            self.decisions += int(np.count_nonzero((a > 0.5) | (b > 0.5)))
+            self.agreeing += int(np.count_nonzero((a > 0.5) & (b > 0.5)))
+
+    def _add_rows(self, a: Array, b: Array) -> None:
+        width = next(n for n in reversed(a.shape) if n > 1)
+        x, y = a.reshape(-1, width), b.reshape(-1, width)
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        used = norms > 0
+        self.rows += int(np.count_nonzero(used))
+        self._cosines += float(np.sum(np.einsum("ij,ij->i", x, y)[used] / norms[used]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {
+            "output": self.name, "kind": self.kind, "sqnr": self.sqnr, "cosine": self.cosine,
+            "agreement": self.agreement, "rows": self.rows, "decisions": self.decisions,
+            "limits": asdict(self.limits), "failures": self.failures,
+        }  # fmt: skip
+
+
+_HAS_ROWS = frozenset({"classes", "embedding"})
+_AGREEMENT: Mapping[Kind, str] = {
+    "classes": "the largest score stays the largest in a part of", "mask": "overlap above 0.5 of",
+    "exact": "part of equal elements", "embedding": "agreement", "values": "agreement",
+}  # fmt: skip
+
+
+def output_kind(model: Model, name: str, values: Array) -> Kind:
+    """Return how an output is judged (see the module's text).
+
+    Args:
+        model: the reference.
+        name: of the output, or of a leaf of it.
+        values: what it is for one sample.
+    """
+    if not is_float(values.dtype) and values.dtype.kind != "c":
+        return "exact"
+    maker = probability_outputs(model).get(name, "")
+    if maker == "sigmoid":
+        return "mask"
+    if not looks_like_logits(values):
+        return "values"
+    tensors = {tensor.name: tensor for tensor in model.graph.outputs}
+    if maker == "softmax" or (name in tensors and _made_by_weights(tensors[name])):
+        return "classes"
+    return "embedding"
+
+
+_MAKES_SCORES = frozenset({"Gemm", "MatMul", "Conv", "FusedGemm", "FusedMatMul", "MatMulNBits"})
+_PASSES_SCORES = frozenset({
+    "Add", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Slice", "GlobalAveragePool",
+    "AveragePool", "ReduceMean", "LogSoftmax", "Relu", "DequantizeLinear", "QuantizeLinear",
+})  # fmt: skip
+
+
+def _made_by_weights(tensor: gs.Tensor) -> bool:
+    """Tell whether a layer with constant weights made the rows, give or take a bias, a pool and data movement."""
+    for _ in range(16):
+        if isinstance(tensor, gs.Constant) or not tensor.inputs:
+            return False
+        node = tensor.inputs[0]
+        if node.op in _MAKES_SCORES:
+            return True
+        varying = [t for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty()]
+        if node.op not in _PASSES_SCORES or (node.op == "Add" and len(varying) != 1):
+            return False
+        tensor = varying[0] if node.op == "Add" else node.inputs[0]
+    return False
+
+
+def _wide(values: Array) -> Array:
+    """Return floats in double precision: sums of squares of float32 lose noise below -70 dB."""
+    return values.astype(np.complex128 if values.dtype.kind == "c" else np.float64)

@@ -85,7 +85,7 @@ class OutputQuality:
     @property
     def score(self) -> float:
         """SQNR in dB; of exact types the same of the part of elements that differ."""
-        if self.different:
+        if self.different or self.nonfinite:
             return -LARGEST_SCORE
         if self.kind != "exact":
             return LARGEST_SCORE if self.sqnr is None else self.sqnr

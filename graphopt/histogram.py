@@ -1,0 +1,212 @@
+"""Counts of float values in bins that are the same for every tensor, so that histograms add up exactly.
+
+A bin is a piece of an octave [2^e, 2^(e+1)): its number is the upper bits of the float32 itself.  The highest `FINE`
+octaves that hold anything, on each side of zero, are cut into 1,024 bins each, the others into 32.  Which octaves hold anything depends on
+nothing but the values, and an octave only ever gets coarser as others are added: adding histograms in any order, or
+all values to one, gives the same counts.  An outlier (a mask of -3.4e38) takes one octave and leaves the others fine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+Counts: TypeAlias = npt.NDArray[np.int64]
+
+OCTAVES = 255
+"""Exponents of finite float32 values; 0 is that of zero and the denormals."""
+FINE = 8
+FINE_BITS, COARSE_BITS = 10, 5
+_FINE_SHIFT, _COARSE_SHIFT = 23 - FINE_BITS, 23 - COARSE_BITS
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+CHUNK = 1 << 16
+"""Values counted at a time, so that what is computed of them stays in the processor's cache."""
+WAITING = 1 << 15
+"""Values that are kept until they are worth counting."""
+
+
+@dataclass
+class Side:
+    """Counts of the values of one sign, by magnitude."""
+
+    coarse: Counts = field(default_factory=lambda: np.zeros(0, np.int64))
+    fine: dict[int, Counts] = field(default_factory=dict)
+
+    def occupied(self) -> set[int]:
+        """Return the octaves that hold anything, without that of zero, which is never fine."""
+        return (set(self.fine) | set((np.flatnonzero(self.coarse) >> COARSE_BITS).tolist())) - {0}
+
+    def add(self, counts: Counts, floor: int) -> None:
+        """Add counts of coarse bins below octave `floor`, and of fine ones from there on."""
+        split = floor << COARSE_BITS
+        self._add_coarse(0, counts[:split])
+        rows = counts[split:].reshape(-1, 1 << FINE_BITS)
+        for row in np.flatnonzero(rows.any(axis=1)).tolist():
+            self._add_octave(floor + row, rows[row])
+        self._settle()
+
+    def merge(self, other: Side) -> None:
+        """Add another side's counts."""
+        self._add_coarse(0, other.coarse)
+        for octave, counts in other.fine.items():
+            self._add_octave(octave, counts)
+        self._settle()
+
+    def _add_coarse(self, start: int, counts: Counts) -> None:
+        used = np.flatnonzero(counts)
+        if not len(used):
+            return
+        end = start + int(used[-1]) + 1
+        if end > len(self.coarse):
+            self.coarse = np.concatenate([self.coarse, np.zeros(end - len(self.coarse), np.int64)])
+        self.coarse[start:end] += counts[: end - start]
+
+    def _add_octave(self, octave: int, counts: Counts) -> None:
+        if octave in self.fine:
+            self.fine[octave] += counts
+        else:
+            self.fine[octave] = counts.copy()
+
+    def _settle(self) -> None:
+        """Make coarse all but the highest octaves."""
+        kept = sorted(self.occupied(), reverse=True)[:FINE]
+        for octave in [o for o in self.fine if o not in kept]:
+            counts = self.fine.pop(octave).reshape(1 << COARSE_BITS, -1).sum(axis=1)
+            self._add_coarse(octave << COARSE_BITS, counts)
+
+    def bins(self) -> tuple[Array, Array, Counts]:
+        """Return lower and upper edge of each bin that holds something (float64), rising, and its count."""
+        used = np.flatnonzero(self.coarse)
+        starts, widths, counts = [used << _COARSE_SHIFT], [np.full(len(used), 1 << _COARSE_SHIFT)], [self.coarse[used]]
+        for octave, held in self.fine.items():
+            inside = np.flatnonzero(held)
+            starts.append((octave << 23) + (inside << _FINE_SHIFT))
+            widths.append(np.full(len(inside), 1 << _FINE_SHIFT))
+            counts.append(held[inside])
+        start = np.concatenate(starts)
+        order = np.argsort(start)
+        start, end = start[order], (start + np.concatenate(widths))[order]
+        return _value(start), _value(end), np.concatenate(counts)[order]
+
+
+def _value(bits: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        found = bits.astype(np.uint32).view(np.float32).astype(np.float64)
+    return np.where(bits >= OCTAVES << 23, 2.0**128, found)
+
+
+@dataclass(frozen=True)
+class Bins:
+    """A histogram as its methods read it: rising bins that hold something; zero is one of width 0.
+
+    Attributes:
+        low: lower edges, float64.
+        high: upper edges.
+        counts: how many values.
+    """
+
+    low: Array
+    high: Array
+    counts: Counts
+
+
+class Histogram:
+    """Counts of all values added, with the exact smallest and largest."""
+
+    def __init__(self) -> None:
+        self.negative = Side()
+        self.positive = Side()
+        self.low = np.inf
+        self.high = -np.inf
+        self.count = 0
+        self._waiting: list[npt.NDArray[np.float32]] = []
+
+    def add(self, values: npt.NDArray[np.float32], low: float, high: float) -> None:
+        """Add finite float32 values (1-D, contiguous), the least and largest of which are known."""
+        if not values.size:
+            return
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.count += values.size
+        if values.size >= WAITING:
+            self._count(values)
+            return
+        self._waiting.append(values.copy())
+        if sum(v.size for v in self._waiting) >= WAITING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Count what waits."""
+        if self._waiting:
+            waiting, self._waiting = np.concatenate(self._waiting), []
+            self._count(waiting)
+
+    def _count(self, values: npt.NDArray[np.float32]) -> None:
+        largest = np.float32(max(-self.low, self.high)).view(np.int32)
+        floor = self._floor(values)
+        signed = self.low < 0
+        size = (floor << COARSE_BITS) + (((int(largest) >> 23) + 1 - floor) << FINE_BITS)
+        counts = np.zeros(2 * size if signed else size, np.int64)
+        for start in range(0, values.size, CHUNK):
+            bits = values[start : start + CHUNK].view(np.int32)
+            keys = _keys(bits, floor)
+            if signed:
+                keys ^= bits >> 31  # turns key k of a negative value into -1 - k
+                keys += np.int32(size)
+            counts += np.bincount(keys, minlength=len(counts))
+        if signed:
+            self.negative.add(counts[:size][::-1], floor)
+            counts = counts[size:]
+        self.positive.add(counts, floor)
+
+    def _floor(self, values: npt.NDArray[np.float32]) -> int:
+        """Return the octave from which on these values must be counted finely."""
+        sides = [self.positive, self.negative] if self.low < 0 else [self.positive]
+        known = [side.occupied() for side in sides]
+        if any(len(octaves) < FINE for octaves in known):
+            bits = values.view(np.int32)
+            for side, octaves in zip(sides, known, strict=True):
+                mine = bits[bits >= 0] if side is self.positive else bits[bits < 0] & _MAGNITUDE
+                octaves.update(np.flatnonzero(np.bincount(mine >> 23)).tolist())
+        lowest = [sorted(octaves - {0}, reverse=True)[:FINE][-1] for octaves in known if octaves - {0}]
+        return min(lowest, default=1)
+
+    def merge(self, other: Histogram) -> None:
+        """Add another histogram's values."""
+        self.flush()
+        other.flush()
+        self.negative.merge(other.negative)
+        self.positive.merge(other.positive)
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.count += other.count
+
+    def bins(self) -> Bins:
+        """Return the bins; the first and last are cut to the exact smallest and largest value."""
+        self.flush()
+        below, above = self.negative.bins(), self.positive.bins()
+        zeros = 0
+        if len(above[0]) and above[0][0] == 0.0:
+            zeros, above = int(above[2][0]), (above[0][1:], above[1][1:], above[2][1:])
+        if len(below[0]) and below[0][0] == 0.0:
+            zeros, below = zeros + int(below[2][0]), (below[0][1:], below[1][1:], below[2][1:])
+        zero = np.zeros(1 if zeros else 0)
+        low = np.concatenate([-below[1][::-1], zero, above[0]])
+        high = np.concatenate([-below[0][::-1], zero, above[1]])
+        counts = np.concatenate([below[2][::-1], np.asarray([zeros] if zeros else [], np.int64), above[2]])
+        return Bins(np.clip(low, self.low, self.high), np.clip(high, self.low, self.high), counts)
+
+
+def _keys(bits: npt.NDArray[np.int32], floor: int) -> npt.NDArray[np.int32]:
+    """Return the number of each value's bin: coarse ones below octave `floor`, then fine ones; the sign is ignored."""
+    split = np.int32(floor << 23)
+    magnitude = bits & _MAGNITUDE
+    keys = np.maximum(magnitude, split)
+    keys >>= _FINE_SHIFT
+    keys -= np.int32(floor << FINE_BITS)
+    np.minimum(magnitude, split, out=magnitude)
+    magnitude >>= _COARSE_SHIFT
+    keys += magnitude
+    return keys

@@ -12,6 +12,7 @@ import functools
 import gzip
 import io
 import json
+import keyword
 import lzma
 import marshal
 import pickle
@@ -134,14 +135,19 @@ def _ipynb(rng: Rng) -> bytes:
     return json.dumps(notebook, indent=1).encode()
 
 
+def _names(rng: Rng, count: int) -> list[str]:
+    """Return words that Python takes as names."""
+    return [f"{word}s" if keyword.iskeyword(word) else word for word in words(rng, count)]
+
+
 def _python(rng: Rng) -> bytes:
-    lines = [f'"""{_sentence(rng)}"""', "", "import os", f"from {words(rng, 1)[0]} import {words(rng, 1)[0]}", ""]
+    lines = [f'"""{_sentence(rng)}"""', "", "import os", f"from {_names(rng, 1)[0]} import {_names(rng, 1)[0]}", ""]
     for _ in range(int(rng.integers(3, 15))):
-        a, b, c = words(rng, 3)
+        a, b, c = _names(rng, 3)
         lines += ["", f"def {a}_{b}(self, {c}=None, *args):", f'    """{_sentence(rng)}"""', f"    if not {c}:"]
         lines += [f"        raise ValueError('{_sentence(rng)}')", f"    {b} = [x for x in {c} if x is not None]"]
         lines += [f"    return {{'{a}': len({b}), '{c}': os.path.join({c}, '{b}')}}", ""]
-    return "\n".join([*lines, "", 'if __name__ == "__main__":', f"    print({words(rng, 1)[0]}())", ""]).encode()
+    return "\n".join([*lines, "", 'if __name__ == "__main__":', f"    print({_names(rng, 1)[0]}())", ""]).encode()
 
 
 def _bytecode(rng: Rng) -> bytes:

@@ -1,0 +1,276 @@
+"""Static quantization in QDQ form: ranges from samples, codes where the target has integer kernels.
+
+    y = op(x, W, b)   ->   y = DQ(Q(op(DQ(Q(x)), DQ(W_q), DQ(b_q))))
+
+x, y: one affine code each (uint8), shared along what only moves values.  W_q: int8, zero point 0, a scale per output
+channel.  b_q: int32 with scale = scale of x times scale of W, which is what integer kernels take it for.  Relu and Clip
+right behind an integer kernel go: the code of what they return begins and ends where they cut.
+
+Sources: ONNX operators QuantizeLinear and DequantizeLinear; Jacob et al., "Quantization and Training of Neural Networks
+for Efficient Integer-Arithmetic-Only Inference", 2018; where ONNX Runtime wants codes: `graphopt/targets.py`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analysis.constants import array_of, is_constant
+from graphopt.analysis.placement import Coded, Layer, Placement, layers, output_axis, place
+from graphopt.base import Change, Context, Pass
+from graphopt.codes import Affine, WeightMethod, activation_code, weight_code
+from graphopt.edit import Edit, is_output, label, make_node, replace_output, subgraphs
+from graphopt.ops import is_standard
+from graphopt.registry import register
+from graphopt.targets import ACTIVATION, CPU_FORMS, INTEGER_FORMS
+
+if TYPE_CHECKING:
+    from graphopt.calibrate import Calibration
+    from graphopt.ranges import Range
+
+Array = np.ndarray[Any, Any]
+
+LEAST_OPSET = 13
+"""DequantizeLinear has a scale per channel from here on."""
+
+LARGEST_BIAS = float(2**30)
+"""An int32 bias beyond this leaves no room for the products that are added to it."""
+
+
+@register
+@dataclass(frozen=True)
+class QuantizeStatic(Pass):
+    """Let Conv, MatMul and Gemm compute on 8-bit integers, with ranges from the samples.
+
+    Lossy, keeps the signature; inputs and outputs stay float.  Works on the main graph of a canonical model.  Layers
+    that are quantized already, compute on other types than float32, or have computed weights stay as they are.
+
+    Options:
+        only, skip: globs of layer names; what `only` does not name, or `skip` does, stays float.
+        ranges: method of `graphopt.ranges` for activations.
+        weights: `absmax`, or `mse` for the scale with the least squared error of the weight.
+    """
+
+    name: ClassVar[str] = "quantize-static"
+    exactness: ClassVar[Any] = "lossy"
+    scope: ClassVar[Any] = "model"
+    only: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ()
+    ranges: str = "min-max"
+    weights: WeightMethod = "absmax"
+
+    def __post_init__(self) -> None:
+        """Refuse values that are none of the choices.
+
+        Raises:
+            ValueError: `weights` is something else.
+        """
+        if self.weights not in get_args(WeightMethod):
+            raise ValueError(f"weights is one of {', '.join(get_args(WeightMethod))}, not {self.weights!r}")
+
+    def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
+        """Propose one change for all layers together: their codes depend on each other."""
+        provider = ctx.target.provider
+        found = layers(graph, ctx.shapes, provider)
+        if provider not in INTEGER_FORMS:
+            yield Change("the model", "int8", f"the {provider} provider has no integer kernels for convolutions")
+            return
+        if ctx.model.opset < LEAST_OPSET:
+            why = f"opset {ctx.model.opset} has no scales per channel: upgrade-opset{{to={LEAST_OPSET}}} before"
+            yield Change("the model", "int8", why)
+            return
+        chosen = []
+        for layer in found:
+            why = layer.why_not or self._left_out(layer)
+            if why:
+                yield Change(layer.label, f"{layer.node.op} in int8", why)
+            else:
+                chosen.append(layer.node)
+        yield from _inner(graph)
+        if chosen:
+            yield self._change(graph, ctx, chosen)
+
+    def _left_out(self, layer: Layer) -> str:
+        if not any(fnmatch.fnmatchcase(layer.label, glob) for glob in self.only):
+            return "not among those asked for"
+        return "to be skipped" if any(fnmatch.fnmatchcase(layer.label, glob) for glob in self.skip) else ""
+
+    def _change(self, graph: gs.Graph, ctx: Context, chosen: list[gs.Node]) -> Change:
+        placement = place(graph, chosen, ctx.shapes, ctx.target.provider, ctx.model.opset)
+        calibration = ctx.calibration(c.tensor.name for c in placement.coded.values())
+        writer = _Writer(graph, ctx, placement, self.weights)
+        for number, members in placement.groups.items():
+            writer.codes[number] = self._code(calibration, members, ctx)
+        what = f"{len(chosen)} layers and {len(placement.integer) - len(chosen)} operators between them in int8"
+        return Change("the model", what, f"{ctx.target.provider} has integer kernels for them", writer.write)
+
+    def _code(self, calibration: Calibration, members: list[Coded], ctx: Context) -> Affine:
+        """Return the code of tensors that share one."""
+        found: list[Range] = []
+        for coded in members:
+            problem = calibration.problems(coded.tensor.name)
+            if problem:
+                ctx.notes.append(f"tensor '{coded.tensor.name}': {problem}")
+            found.append(calibration.range(coded.tensor.name, self.ranges))
+        return activation_code(min(r.low for r in found), max(r.high for r in found), ACTIVATION)
+
+
+def _inner(graph: gs.Graph) -> Iterator[Change]:
+    """Say of layers in subgraphs that they stay float: what flows there cannot be measured from outside."""
+    stack = [g for n in graph.nodes for g in subgraphs(n)]
+    while stack:
+        inner = stack.pop()
+        for node in inner.nodes:
+            stack += subgraphs(node)
+            form = CPU_FORMS.get(node.op) if is_standard(node) else None
+            if form is not None and form.weight is not None:
+                yield Change(label(node), f"{node.op} in int8", "it stands in a subgraph")
+
+
+class _Writer:
+    """Writes codes into a graph."""
+
+    def __init__(self, graph: gs.Graph, ctx: Context, placement: Placement, weights: WeightMethod) -> None:
+        self.graph, self.ctx, self.placement, self.weights = graph, ctx, placement, weights
+        self.codes: dict[int, Affine] = {}
+        self._scales: dict[int, tuple[gs.Constant, gs.Constant]] = {}
+        self._scale_of: dict[int, gs.Constant] = {}
+        self._constants: dict[tuple[int, int], gs.Tensor] = {}
+
+    def write(self) -> None:
+        with Edit(self.graph) as edit:
+            for coded in self.placement.coded.values():
+                self._activation(edit, coded)
+            for node in self.placement.integer:
+                self._operands(edit, node)
+
+    def _activation(self, edit: Edit, coded: Coded) -> None:
+        """Put Q and DQ behind a tensor."""
+        tensor = coded.tensor
+        producer: Any = tensor.inputs[0] if tensor.inputs else None
+        source = tensor
+        if coded.replaced and self.placement.is_folded(producer):
+            source = producer.inputs[0]
+            edit.remove(producer)
+        name = tensor.name
+        made = gs.Variable(self.ctx.fresh_name(f"{name}_dequantized"), np.float32, tensor.shape)
+        if coded.replaced and is_output(self.graph, tensor):
+            source = self._renamed(edit, tensor, source)
+            made = tensor
+        scale, zero = self._code_of(coded.group)
+        code = gs.Variable(self.ctx.fresh_name(f"{name}_quantized"), ACTIVATION.type, tensor.shape)
+        readers = edit.consumers(tensor) if coded.replaced else coded.readers
+        quantize = make_node("QuantizeLinear", [source, scale, zero], [code], name=self.ctx.fresh_name(f"{name}_Q"))
+        dequantize = make_node("DequantizeLinear", [code, scale, zero], [made], name=self.ctx.fresh_name(f"{name}_DQ"))
+        edit.insert_after(producer, [quantize, dequantize])
+        for reader in readers if made is not tensor else []:
+            if not edit.removed(reader):
+                _read(edit, reader, tensor, made)
+        self._scale_of[id(made)] = scale
+
+    def _renamed(self, edit: Edit, tensor: gs.Tensor, source: gs.Tensor) -> gs.Tensor:
+        """Free the name of a graph output for the dequantized value; return what holds the raw one."""
+        if source is not tensor:
+            for old in list(tensor.inputs):
+                replace_output(old, tensor, gs.Variable.empty())
+            return source
+        raw = gs.Variable(self.ctx.fresh_name(f"{tensor.name}_raw"), np.float32, tensor.shape)
+        replace_output(tensor.inputs[0], tensor, raw)
+        return raw
+
+    def _code_of(self, group: int) -> tuple[gs.Constant, gs.Constant]:
+        if group not in self._scales:
+            code = self.codes[group]
+            self._scales[group] = (
+                self.ctx.constant(f"code{group}_scale", np.asarray(code.scale, np.float32)),
+                self.ctx.constant(f"code{group}_zero_point", np.asarray(code.zero_point, ACTIVATION)),
+            )
+        return self._scales[group]
+
+    def _operands(self, edit: Edit, node: gs.Node) -> None:
+        """Quantize the constant operands of an integer kernel."""
+        form = CPU_FORMS[node.op]
+        count = form.inputs or len(node.inputs)
+        for index, tensor in enumerate(node.inputs[:count]):
+            if not tensor.name or not is_constant(tensor):
+                continue
+            if index == form.weight:
+                self._weight(edit, node, index)
+            else:
+                edit.set_input(node, index, self._constant(edit, tensor))
+
+    def _constant(self, edit: Edit, tensor: gs.Tensor) -> gs.Tensor:
+        """Return a constant operand that is no weight, dequantized from one code."""
+        key = (id(tensor), -1)
+        if key not in self._constants:
+            values = _floats(tensor)
+            code = activation_code(float(values.min(initial=0)), float(values.max(initial=0)), ACTIVATION)
+            self._constants[key] = self._stored(edit, tensor.name, code, values)
+        return self._constants[key]
+
+    def _weight(self, edit: Edit, node: gs.Node, index: int) -> None:
+        form = CPU_FORMS[node.op]
+        bias = node.inputs[form.bias] if form.bias is not None and len(node.inputs) > form.bias else None
+        bias = bias if bias is not None and bias.name else None
+        weight = node.inputs[index]
+        input_scale = float(np.asarray(self._scale_of[id(node.inputs[0])].values))
+        key = (id(weight), output_axis(node) if bias is None else id(node))
+        if key not in self._constants:
+            values = _floats(weight)
+            axis = output_axis(node)
+            code = weight_code(values, axis, method=self.weights)
+            if bias is not None:
+                code = _roomy(code, _floats(bias).reshape(-1), input_scale)
+            self._constants[key] = self._stored(edit, weight.name, code, values)
+        made = self._constants[key]
+        edit.set_input(node, index, made)
+        if bias is not None and form.bias is not None:
+            scale = np.asarray(made.inputs[0].inputs[1].values, np.float64) * input_scale
+            edit.set_input(node, form.bias, self._bias(edit, bias, scale))
+
+    def _bias(self, edit: Edit, bias: gs.Tensor, scale: Array) -> gs.Tensor:
+        wanted = np.asarray(scale, np.float32)
+        values = np.rint(_floats(bias).reshape(-1).astype(np.float64) / wanted.astype(np.float64))
+        code = Affine(wanted, np.zeros(wanted.shape, np.int32), axis=0)
+        return self._dequantize(edit, bias.name, values.astype(np.int32), code)
+
+    def _stored(self, edit: Edit, name: str, code: Affine, values: Array) -> gs.Tensor:
+        return self._dequantize(edit, name, code.quantize(values), code)
+
+    def _dequantize(self, edit: Edit, name: str, codes: Array, code: Affine) -> gs.Tensor:
+        """Return a constant as codes with a DequantizeLinear behind."""
+        ctx = self.ctx
+        made = gs.Variable(ctx.fresh_name(f"{name}_dequantized"), np.float32, list(codes.shape))
+        inputs = [
+            ctx.constant(f"{name}_quantized", codes),
+            ctx.constant(f"{name}_scale", np.asarray(code.scale, np.float32)),
+            ctx.constant(f"{name}_zero_point", np.asarray(code.zero_point, codes.dtype)),
+        ]
+        attrs: Mapping[str, Any] = {} if code.axis is None else {"axis": code.axis}
+        node = make_node("DequantizeLinear", inputs, [made], attrs, name=ctx.fresh_name(f"{name}_DQ"))
+        edit.insert_after(None, [node])
+        return made
+
+
+def _roomy(code: Affine, bias: Array, input_scale: float) -> Affine:
+    """Return a weight's code with scales so large that the bias fits beside the products in 32 bits."""
+    least = np.abs(bias.astype(np.float64)) / (LARGEST_BIAS * input_scale)
+    return Affine(np.maximum(code.scale, least).astype(np.float32), code.zero_point, code.axis, code.block)
+
+
+def _floats(tensor: gs.Tensor) -> Array:
+    values = array_of(tensor)
+    assert values is not None
+    return values
+
+
+def _read(edit: Edit, reader: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Make a node, or what its subgraphs hold, read `new` for `old`."""
+    for index, tensor in enumerate(list(reader.inputs)):
+        if tensor is old:
+            edit.set_input(reader, index, new)

@@ -183,11 +183,11 @@ class _Placer:
             return False
         if not all(self._is_float(t) for t in self._operands(node)):
             return False
-        return node.op != "Resize" or node.attrs.get("mode", "nearest") == "nearest"
+        return node.op != "Resize" or str(node.attrs.get("mode", "nearest")) == "nearest"
 
     def _is_float(self, tensor: gs.Tensor) -> bool:
         kind = self.shapes.proved(tensor).dtype
-        return kind is not None and kind == FLOAT
+        return bool(kind == FLOAT)
 
     def _operands(self, node: gs.Node) -> list[gs.Tensor]:
         """Return the inputs that must be quantized."""

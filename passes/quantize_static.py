@@ -27,7 +27,7 @@ from graphopt.codes import Affine, WeightMethod, activation_code, weight_code
 from graphopt.edit import Edit, is_output, label, make_node, replace_output, subgraphs
 from graphopt.ops import is_standard
 from graphopt.registry import register
-from graphopt.targets import ACTIVATION, CPU_FORMS, INTEGER_FORMS
+from graphopt.targets import ACTIVATION, CPU_FORMS, INTEGER_FORMS, QUANTIZED_UNASKED
 
 if TYPE_CHECKING:
     from graphopt.calibrate import Calibration
@@ -140,6 +140,8 @@ class _Writer:
         self.codes: dict[int, Affine] = {}
         self._scales: dict[int, tuple[gs.Constant, gs.Constant]] = {}
         self._scale_of: dict[int, gs.Constant] = {}
+        self._by_channel: dict[int, gs.Tensor] = {}
+        self._integer = {id(n) for n in placement.integer}
         self._constants: dict[tuple[int, int], gs.Tensor] = {}
 
     def write(self) -> None:
@@ -168,10 +170,43 @@ class _Writer:
         quantize = make_node("QuantizeLinear", [source, scale, zero], [code], name=self.ctx.fresh_name(f"{name}_Q"))
         dequantize = make_node("DequantizeLinear", [code, scale, zero], [made], name=self.ctx.fresh_name(f"{name}_DQ"))
         edit.insert_after(producer, [quantize, dequantize])
-        for reader in readers if made is not tensor else []:
-            if not edit.removed(reader):
+        for reader in readers:
+            if edit.removed(reader):
+                continue
+            if coded.replaced and (channels := self._guarded(reader, tensor)):
+                _read(edit, reader, tensor, self._per_channel(edit, quantize, coded.group, channels))
+            elif made is not tensor:
                 _read(edit, reader, tensor, made)
         self._scale_of[id(made)] = scale
+
+    def _guarded(self, reader: gs.Node, tensor: gs.Tensor) -> int:
+        """Return the channels of a float layer's input where ORT would quantize the layer by itself, else 0."""
+        axis = QUANTIZED_UNASKED.get(reader.op) if is_standard(reader) else None
+        if axis is None or id(reader) in self._integer or reader.inputs[0] is not tensor:
+            return 0
+        weight = reader.inputs[1]
+        if not isinstance(weight, gs.Constant):
+            return 0
+        if reader.op == "Gemm":
+            return int(weight.shape[1 if reader.attrs.get("transB", 0) else 0])
+        return int(weight.shape[axis]) * (int(reader.attrs.get("group", 1)) if reader.op == "Conv" else 1)
+
+    def _per_channel(self, edit: Edit, quantize: gs.Node, group: int, channels: int) -> gs.Tensor:
+        """Return a code's value by a DequantizeLinear per channel, all of one scale: ORT leaves what reads it alone."""
+        code, key = quantize.outputs[0], id(quantize)
+        if key not in self._by_channel:
+            scale, zero = self.codes[group].scale, self.codes[group].zero_point
+            name = code.name
+            inputs = [
+                code,
+                self.ctx.constant(f"{name}_scales", np.full(channels, scale, np.float32)),
+                self.ctx.constant(f"{name}_zero_points", np.full(channels, zero, ACTIVATION)),
+            ]
+            made = gs.Variable(self.ctx.fresh_name(f"{name}_per_channel"), np.float32, code.shape)
+            node = make_node("DequantizeLinear", inputs, [made], {"axis": 1}, name=self.ctx.fresh_name(f"{name}_DQ"))
+            edit.insert_after(quantize, [node])
+            self._by_channel[key] = made
+        return self._by_channel[key]
 
     def _renamed(self, edit: Edit, tensor: gs.Tensor, source: gs.Tensor) -> gs.Tensor:
         """Free the name of a graph output for the dequantized value; return what holds the raw one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from graphopt.models.tasks import (
     crops,
     file_types,
     item_limit,
+    kept,
     magika_files,
     minilm_pairs,
     ocr_cls,
     ocr_det,
     ocr_rec,
+    render,
     require,
     text,
 )
@@ -51,9 +53,17 @@ def predictor() -> Callable[[str], Predict]:
     ("model", "metric", "items", "floor"),
     [
         ("ppocr-rec", ocr_rec.lines_right, 64, 0.85),  # 0.934 of 2,000
+        ("ppocr-rec", ocr_rec.lines_right_latin, 32, 0.8),
+        ("ppocr-rec", ocr_rec.lines_right_chinese, 32, 0.8),
+        ("ppocr-rec", ocr_rec.lines_right_selection, 32, 0.8),
         ("ppocr-rec", ocr_rec.character_accuracy, 64, 0.96),  # 0.992 of 2,000
         ("ppocr-cls", ocr_cls.rotation_right, 128, 0.97),  # 0.998 of 2,000
+        ("ppocr-cls", ocr_cls.rotation_right_selection, 64, 0.95),
         ("ppocr-det", ocr_det.box_f1, 24, 0.95),  # 0.985 of 2,000
+        ("ppocr-det", ocr_det.box_f1_selection, 8, 0.9),
+        ("ppocr-det", ocr_det.map_iou, 4, 1.0),
+        ("ppocr-det", ocr_det.map_iou_selection, 4, 1.0),
+        ("magika", magika_files.type_right_selection, 66, 0.95),
         ("magika", magika_files.type_right, 132, 0.97),  # 0.999 of 2,048
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -97,10 +107,14 @@ def test_wrong_answers_score_nothing() -> None:
 
 
 @pytest.mark.zoo
+@pytest.mark.parametrize("part", ["calibration", "selection"])
 @pytest.mark.parametrize("task", [ocr_rec, ocr_cls, ocr_det, crops, magika_files, minilm_pairs, digits])
-def test_calibration_feeds_repeat_and_respect_the_limit(task: Any) -> None:
+def test_feeds_repeat_and_respect_the_limit(task: Any, part: str) -> None:
+    if not hasattr(task, part):
+        pytest.skip("the digits are too few for a third set")
+    make = getattr(task, part)
     try:
-        feeds, again = list(task.calibration(limit=5)), list(task.calibration(limit=5))
+        feeds, again = list(make(limit=5)), list(make(limit=5))
     except ProviderError as error:
         if os.environ.get("CI"):
             raise
@@ -111,26 +125,142 @@ def test_calibration_feeds_repeat_and_respect_the_limit(task: Any) -> None:
             np.testing.assert_array_equal(feed[key], same[key])
 
 
+@pytest.mark.zoo
+def test_calibration_can_be_made_in_full() -> None:
+    assert sum(len(feed["bytes"]) for feed in magika_files.calibration()) == magika_files.CALIBRATION_FILES
+
+
+def test_lines_of_one_script_are_those_of_the_whole_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = [render.Line(f"{index}", np.zeros((48, 9, 3), np.uint8)) for index in range(200)]
+    monkeypatch.setattr(ocr_rec, "_line", lambda _, index: drawn[index])
+    texts_of = {s: [line.text for line in ocr_rec.samples("test", 60, s)] for s in ("latin", "chinese", None)}
+    assert len(texts_of["latin"]) == len(texts_of["chinese"]) == 60
+    assert not set(texts_of["latin"]) & set(texts_of["chinese"])
+    assert set(texts_of[None]) <= set(texts_of["latin"]) | set(texts_of["chinese"])
+
+
+def test_scripts_are_what_is_drawn() -> None:
+    for index in range(20):
+        seed = [202, index]
+        script = render.script_of(np.random.default_rng(seed))
+        try:
+            line = render.line(np.random.default_rng(seed), "test")
+        except ProviderError as error:  # fonts come from the zoo
+            pytest.skip(str(error))
+        assert line.text.isascii() == (script == "latin")
+
+
+def test_what_was_drawn_is_kept_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "LARGEST", kept._taken + 250)
+    made = []
+
+    def make(split: str, index: int) -> bytes:
+        made.append((split, index))
+        return bytes(100)
+
+    draw = kept.kept(len)(make)
+
+    for _ in range(2):
+        for index in range(4):
+            draw("test", index)
+    draw("selection", 0)
+    assert [made.count(("test", index)) for index in range(4)] == [1, 1, 2, 2]
+    assert ("selection", 0) in made
+
+
+def logits(shift: float = 0.0, noise: float = 0.0) -> Predict:
+    def predict(feeds: Any) -> dict[str, Any]:
+        image = feeds["image"][:, 0, :3, :3].reshape(len(feeds["image"]), -1).astype(np.float64)
+        rng = np.random.default_rng(0)
+        return {"logits": np.roll(image, int(shift), axis=1) * (1 + noise * rng.choice([-1, 1], image.shape))}
+
+    return predict
+
+
+def test_crops_against_a_reference() -> None:
+    for split in ("test", "selection"):
+        sqnr = crops.sqnr_with(logits(), split)
+        assert sqnr(logits(), limit=8) == 150
+        assert sqnr(logits(noise=0.1), limit=8) == pytest.approx(20)
+        agreement = crops.agreement_with(logits(), split)
+        assert agreement(logits(), limit=9).tolist() == [1.0] * 9
+        assert agreement(logits(shift=1), limit=9).mean() < 0.5
+
+
+def pages_above(rows: int) -> Predict:
+    def predict(feeds: Any) -> dict[str, Any]:
+        probability = np.zeros((1, 1, ocr_det.SIZE, ocr_det.SIZE), np.float32)
+        probability[:, :, :rows] = 0.9
+        return {"maps": probability}
+
+    return predict
+
+
+def test_maps_against_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    blank = np.zeros((ocr_det.SIZE, ocr_det.SIZE, 3), np.uint8)
+    monkeypatch.setattr(ocr_det, "_page", lambda *_: (blank, []))
+    assert ocr_det.map_iou_with(pages_above(100))(pages_above(80), limit=3).tolist() == [0.8] * 3
+    assert ocr_det.map_iou_with(pages_above(0))(pages_above(0), limit=1).tolist() == [1.0]
+    assert ocr_det.map_iou_with(pages_above(0))(pages_above(1), limit=1).tolist() == [0.0]
+
+
+def test_sentences_against_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    angles = {"a": 0.0, "b": 0.1, "c": 1.0, "d": 1.2}
+
+    def vectors(moved: float) -> Callable[..., Any]:
+        def embed(texts: list[str]) -> Any:
+            turned = np.array([angles[text] for text in texts]) + np.array([0.0, 0.0, 0.0, moved])
+            return np.stack([np.cos(turned), np.sin(turned)], axis=1)
+
+        return embed
+
+    monkeypatch.setattr(minilm_pairs, "sentences", lambda *_: [(i // 2, t) for i, t in enumerate("abcd")])
+    monkeypatch.setattr(minilm_pairs, "embed", lambda predict, texts: predict(texts))
+    float_model, moved = vectors(0.0), vectors(-1.25)  # d lies beside a and b then
+    cosines = minilm_pairs.cosine_with(float_model)(moved, limit=4)
+    np.testing.assert_allclose(cosines, [1, 1, 1, np.cos(1.25)], atol=1e-9)
+    assert minilm_pairs.neighbours_kept_with(float_model)(float_model, limit=4).tolist() == [1] * 4
+    assert minilm_pairs.neighbours_kept_with(float_model)(moved, limit=4).tolist() == [0, 1, 0, 0]
+
+
+def test_a_reference_is_asked_once() -> None:
+    asked = []
+
+    def predict(feeds: Any) -> dict[str, Any]:
+        asked.append(len(feeds["image"]))
+        return logits()(feeds)
+
+    agreement = crops.agreement_with(predict)
+    for _ in range(3):
+        agreement(logits(), limit=4)
+    assert asked == [4]
+
+
 def texts(split: text.Split) -> Iterator[str]:
     for index in itertools.count():
         rng = np.random.default_rng([index, len(split)])
         yield text.line(rng, "latin" if index % 2 else "chinese", split)
 
 
-def test_no_text_is_in_both_splits() -> None:
-    calibration = set(itertools.islice(texts("calibration"), 400))
-    test = set(itertools.islice(texts("test"), 1200))
-    assert len(test) > 1100
-    assert not calibration & test
+SPLITS: tuple[text.Split, ...] = ("calibration", "selection", "test")
 
 
-def test_no_file_sentence_or_photo_is_in_both_splits() -> None:
+def assert_disjoint(sets: Mapping[str, set[Any]]) -> None:
+    for a, b in itertools.combinations(sets, 2):
+        assert not sets[a] & sets[b], (a, b)
+
+
+def test_no_text_is_in_two_splits() -> None:
+    found = {split: set(itertools.islice(texts(split), 400 if split != "test" else 1200)) for split in SPLITS}
+    assert len(found["test"]) > 1100
+    assert_disjoint(found)
+
+
+def test_no_file_sentence_or_photo_is_in_two_splits() -> None:
     kinds = len(file_types.types())
-    contents = {split: {c for _, c in magika_files.files(split, 2 * kinds)} for split in ("calibration", "test")}
-    assert not contents["calibration"] & contents["test"]
-    sentences = {s: {said for _, said in minilm_pairs.sentences(s, 400)} for s in ("calibration", "test")}
-    assert not sentences["calibration"] & sentences["test"]
-    assert not set(crops.CALIBRATION_PHOTOS) & set(crops.TEST_PHOTOS)
+    assert_disjoint({split: {c for _, c in magika_files.files(split, 2 * kinds)} for split in SPLITS})
+    assert_disjoint({s: {said for _, said in minilm_pairs.sentences(s, 400)} for s in SPLITS})
+    assert_disjoint({split: set(crops._PHOTOS[split]) for split in SPLITS})
 
 
 def test_sentences_come_in_groups_of_four() -> None:

@@ -1,8 +1,8 @@
 """Natural crops of 224 x 224 pixels for image classifiers: agreement with a reference model.
 
 There are no labels; what is asked is that the class with the largest logit stays the one the reference model
-gives. Crops come from photographs that scikit-image and scikit-learn ship, and no photograph is in both the
-calibration and the test set.
+gives. Crops come from photographs that scikit-image, scikit-learn and matplotlib ship, and no photograph is in two
+of the calibration, selection and test sets.
 """
 
 from __future__ import annotations
@@ -16,16 +16,24 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.models import zoo
-from graphopt.models.tasks import Feeds, Predict, Scores, item_limit, require, text
+from graphopt.models.tasks import Array, Feeds, Predict, Reference, Scores, answers_of, item_limit, require, text
+from graphopt.models.tasks.kept import kept
 
 CALIBRATION_PHOTOS = ("sklearn:china.jpg", "skimage:coffee.png", "skimage:motorcycle_left.png", "skimage:grass.png")
+SELECTION_PHOTOS = (
+    *("matplotlib:grace_hopper.jpg", "skimage:gravel.png", "skimage:moon.png"),
+    *("skimage:retina.jpg", "skimage:ihc.png"),
+)
 TEST_PHOTOS = (
     *("sklearn:flower.jpg", "skimage:astronaut.png", "skimage:chelsea.png", "skimage:rocket.jpg"),
     *("skimage:camera.png", "skimage:coins.png", "skimage:brick.png", "skimage:hubble_deep_field.jpg"),
 )
-TEST_CROPS, CALIBRATION_CROPS = 2000, 128
+TEST_CROPS, SELECTION_CROPS, CALIBRATION_CROPS = 2000, 400, 128
+_COUNTS = {"calibration": CALIBRATION_CROPS, "selection": SELECTION_CROPS, "test": TEST_CROPS}
 SIZE, BATCH = 224, 8
-_SEEDS: dict[text.Split, int] = {"calibration": 707, "test": 808}
+_SEEDS: dict[text.Split, int] = {"calibration": 707, "selection": 717, "test": 808}
+_PHOTOS = {"calibration": CALIBRATION_PHOTOS, "selection": SELECTION_PHOTOS, "test": TEST_PHOTOS}
+_NO_NOISE = 150.0  # dB
 
 
 def calibration(limit: int | None = None) -> Iterator[Feeds]:
@@ -38,27 +46,53 @@ def held_out(limit: int | None = None) -> Iterator[Feeds]:
     yield from feeds("test", item_limit(limit, TEST_CROPS))
 
 
-def agreement_with(reference: str | Path | Predict) -> Callable[..., Scores]:
+def selection(limit: int | None = None) -> Iterator[Feeds]:
+    """Yield batches of 8 crops of photographs that neither calibrate nor test, 400 crops in all."""
+    yield from feeds("selection", item_limit(limit, SELECTION_CROPS))
+
+
+def agreement_with(reference: Reference, split: text.Split = "test") -> Callable[..., Scores]:
     """Return an evaluation function: is the largest logit where the reference model has it?
 
     Args:
         reference: a model file with input ``image`` (N, 3, 224, 224), or a ``predict`` function.
+        split: whose crops.
     """
-    known: dict[int, npt.NDArray[np.int64]] = {}
+    known = answers_of(reference, _classes)
 
     def agreement(predict: Predict, limit: int | None = None) -> Scores:
-        """Return 1.0 per test crop where the model and the reference agree, else 0.0."""
-        count = item_limit(limit, TEST_CROPS)
-        if count not in known:
-            known[count] = _classes(_opened(reference), count)
-        return np.asarray(_classes(predict, count) == known[count], np.float64)
+        """Return 1.0 per crop where the model and the reference agree, else 0.0."""
+        count = item_limit(limit, _COUNTS[split])
+        return np.asarray(_classes(predict, split, count) == known(split, count), np.float64)
 
     return agreement
 
 
+def sqnr_with(reference: Reference, split: text.Split = "test") -> Callable[..., float]:
+    """Return an evaluation function: signal to noise of all logits together, against the reference's, in dB.
+
+    Equal logits score 150. Arguments are those of ``agreement_with``.
+    """
+    known = answers_of(reference, _logits)
+
+    def sqnr(predict: Predict, limit: int | None = None) -> float:
+        """Return 10 log10(sum a^2 / sum (a - b)^2) over the crops, a being the reference's logits."""
+        count = item_limit(limit, _COUNTS[split])
+        a = known(split, count).astype(np.float64)
+        noise = float(np.square(a - _logits(predict, split, count)).sum())
+        return min(_NO_NOISE, 10 * float(np.log10(np.square(a).sum() / noise))) if noise else _NO_NOISE
+
+    return sqnr
+
+
 def top1_agreement(predict: Predict, limit: int | None = None) -> Scores:
     """Return 1.0 per test crop where the model agrees with the zoo's EfficientNet-Lite0, else 0.0."""
-    return _efficientnet_agreement()(predict, limit)
+    return _efficientnet_agreement("test")(predict, limit)
+
+
+def top1_agreement_selection(predict: Predict, limit: int | None = None) -> Scores:
+    """Return the same for the 400 crops that choose."""
+    return _efficientnet_agreement("selection")(predict, limit)
 
 
 def feeds(split: text.Split, count: int) -> Iterator[Feeds]:
@@ -69,41 +103,41 @@ def feeds(split: text.Split, count: int) -> Iterator[Feeds]:
         yield {"image": (pixels - 127.0) / 128.0}
 
 
+@kept(lambda pixels: pixels.nbytes)
 def _crop(split: text.Split, index: int) -> npt.NDArray[np.uint8]:
     """Return a square part of a photograph, mirrored one time in two, scaled to 224 x 224 x 3."""
     rng = np.random.default_rng([_SEEDS[split], index])
-    photos = CALIBRATION_PHOTOS if split == "calibration" else TEST_PHOTOS
+    photos = _PHOTOS[split]
     photo = _photo(photos[index % len(photos)])
     side = int(min(photo.size) * rng.uniform(0.35, 1.0))
     left, top = (int(rng.integers(full - side + 1)) for full in photo.size)
     part = photo.resize((SIZE, SIZE), resample=2, box=(left, top, left + side, top + side))  # 2: bilinear
     pixels = np.asarray(part, np.uint8)
-    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+    return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels
 
 
 @functools.cache
 def _photo(name: str) -> Any:
     package, file = name.split(":")
+    return require("PIL.Image", "pillow").open(_folder(package) / file).convert("RGB")
+
+
+def _folder(package: str) -> Path:
     if package == "sklearn":
-        folder = Path(str(require("sklearn.datasets", "scikit-learn").__file__)).parent / "images"
-    else:
-        folder = Path(str(require("skimage.data", "scikit-image").__file__)).parent
-    return require("PIL.Image", "pillow").open(folder / file).convert("RGB")
+        return Path(str(require("sklearn.datasets", "scikit-learn").__file__)).parent / "images"
+    if package == "matplotlib":
+        return Path(require("matplotlib", "matplotlib").get_data_path()) / "sample_data"
+    return Path(str(require("skimage.data", "scikit-image").__file__)).parent
 
 
-def _classes(predict: Predict, count: int) -> npt.NDArray[np.int64]:
-    logits = [next(iter(predict(feed).values())) for feed in feeds("test", count)]
-    return np.asarray(np.concatenate(logits).argmax(axis=1), np.int64)
+def _logits(predict: Predict, split: text.Split, count: int) -> Array:
+    return np.concatenate([next(iter(predict(feed).values())) for feed in feeds(split, count)])
+
+
+def _classes(predict: Predict, split: text.Split, count: int) -> npt.NDArray[np.int64]:
+    return np.asarray(_logits(predict, split, count).argmax(axis=1), np.int64)
 
 
 @functools.cache
-def _efficientnet_agreement() -> Callable[..., Scores]:
-    return agreement_with(zoo.fetch("efficientnet-lite0-torchscript"))
-
-
-def _opened(reference: str | Path | Predict) -> Predict:
-    if callable(reference):
-        return reference
-    from graphopt.runtime import Session  # noqa: PLC0415 (tasks that only predict need no session)
-
-    return Session(Path(reference)).run
+def _efficientnet_agreement(split: text.Split) -> Callable[..., Scores]:
+    return agreement_with(zoo.fetch("efficientnet-lite0-torchscript"), split)

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from graphopt.models import zoo
 from graphopt.models.tasks import Feeds, Predict, Scores, file_types, item_limit, text
 
-TEST_FILES, CALIBRATION_FILES = 2048, 256
+TEST_FILES, SELECTION_FILES, CALIBRATION_FILES = 2048, 512, 256
 BATCH = 16
-_SEEDS: dict[text.Split, int] = {"calibration": 909, "test": 1010}
+_SEEDS: dict[text.Split, int] = {"calibration": 909, "selection": 919, "test": 1010}
 
 
 def calibration(limit: int | None = None) -> Iterator[Feeds]:
@@ -28,14 +28,20 @@ def calibration(limit: int | None = None) -> Iterator[Feeds]:
         yield feeds
 
 
+def selection(limit: int | None = None) -> Iterator[Feeds]:
+    """Yield 512 files that neither calibrate nor test, in batches of 16."""
+    for feeds, _ in _batches("selection", item_limit(limit, SELECTION_FILES)):
+        yield feeds
+
+
 def type_right(predict: Predict, limit: int | None = None) -> Scores:
     """Return, for each of 2,048 files, 1.0 where the likeliest type is the file's, else 0.0."""
-    names = labels()
-    scores = []
-    for feeds, true in _batches("test", item_limit(limit, TEST_FILES)):
-        best = next(iter(predict(feeds).values())).argmax(axis=1)
-        scores += [float(names[int(index)] == label) for index, label in zip(best, true, strict=True)]
-    return np.array(scores)
+    return _type_right(predict, "test", item_limit(limit, TEST_FILES))
+
+
+def type_right_selection(predict: Predict, limit: int | None = None) -> Scores:
+    """Return the same for the 512 files that choose."""
+    return _type_right(predict, "selection", item_limit(limit, SELECTION_FILES))
 
 
 @functools.cache
@@ -61,6 +67,15 @@ def files(split: text.Split, count: int) -> Iterator[tuple[str, bytes]]:
     for index in range(count):
         label = kinds[index % len(kinds)]
         yield label, file_types.make(label, np.random.default_rng([_SEEDS[split], index]))
+
+
+def _type_right(predict: Predict, split: text.Split, count: int) -> Scores:
+    names = labels()
+    scores = []
+    for feeds, true in _batches(split, count):
+        best = next(iter(predict(feeds).values())).argmax(axis=1)
+        scores += [float(names[int(index)] == label) for index, label in zip(best, true, strict=True)]
+    return np.array(scores)
 
 
 def _batches(split: text.Split, count: int) -> Iterator[tuple[Feeds, list[str]]]:

@@ -2,13 +2,14 @@
 
 Every group holds four sentences that say the same thing in other words and another order; groups share words
 (people, actions, things, places, times) with many others, so that only the whole meaning tells them apart.
+Beside these labels, vectors and neighbours can be compared with those of a reference model.
 """
 
 from __future__ import annotations
 
 import functools
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.models import zoo
-from graphopt.models.tasks import Feeds, Predict, Scores, item_limit, require, text
+from graphopt.models.tasks import Feeds, Predict, Reference, Scores, answers_of, item_limit, require, text
 
-TEST_SENTENCES, CALIBRATION_SENTENCES = 2000, 256
+TEST_SENTENCES, SELECTION_SENTENCES, CALIBRATION_SENTENCES = 2000, 512, 256
+_COUNTS = {"calibration": CALIBRATION_SENTENCES, "selection": SELECTION_SENTENCES, "test": TEST_SENTENCES}
 PER_GROUP, BATCH = 4, 16
-_SEEDS: dict[text.Split, int] = {"calibration": 1111, "test": 1212}
+_SEEDS: dict[text.Split, int] = {"calibration": 1111, "selection": 1121, "test": 1212}
 _SLOTS = ("who", "action", "thing", "place", "when")
 
 
@@ -29,14 +31,69 @@ def calibration(limit: int | None = None) -> Iterator[Feeds]:
     yield from feeds([sentence for _, sentence in sentences("calibration", item_limit(limit, CALIBRATION_SENTENCES))])
 
 
+def selection(limit: int | None = None) -> Iterator[Feeds]:
+    """Yield 512 sentences of groups that neither calibrate nor test, in batches of 16."""
+    yield from feeds([sentence for _, sentence in sentences("selection", item_limit(limit, SELECTION_SENTENCES))])
+
+
 def neighbour_right(predict: Predict, limit: int | None = None) -> Scores:
     """Return, for each of 2,000 sentences, 1.0 where the nearest other one (cosine) is of its group."""
-    labelled = list(sentences("test", item_limit(limit, TEST_SENTENCES)))
-    vectors = embed(predict, [sentence for _, sentence in labelled])
-    groups = np.array([group for group, _ in labelled])
+    return _neighbour_right(predict, "test", item_limit(limit, TEST_SENTENCES))
+
+
+def neighbour_right_selection(predict: Predict, limit: int | None = None) -> Scores:
+    """Return the same for the 512 sentences that choose."""
+    return _neighbour_right(predict, "selection", item_limit(limit, SELECTION_SENTENCES))
+
+
+def cosine_with(reference: Reference, split: text.Split = "test") -> Callable[..., Scores]:
+    """Return an evaluation function: the cosine of each sentence's vector with the reference model's.
+
+    Args:
+        reference: a model file that takes ``input_ids`` and ``attention_mask``, or a ``predict`` function.
+        split: whose sentences.
+    """
+    known = answers_of(reference, _vectors)
+
+    def cosine(predict: Predict, limit: int | None = None) -> Scores:
+        """Return a cosine per sentence."""
+        count = item_limit(limit, _COUNTS[split])
+        return np.asarray((_vectors(predict, split, count) * known(split, count)).sum(axis=1))
+
+    return cosine
+
+
+def neighbours_kept_with(reference: Reference, split: text.Split = "test") -> Callable[..., Scores]:
+    """Return an evaluation function: is the nearest other sentence the one that the reference model finds?
+
+    Arguments are those of ``cosine_with``.
+    """
+    known = answers_of(reference, _vectors)
+
+    def neighbours_kept(predict: Predict, limit: int | None = None) -> Scores:
+        """Return 1.0 per sentence whose nearest other one (cosine) stays, else 0.0."""
+        count = item_limit(limit, _COUNTS[split])
+        same = nearest(_vectors(predict, split, count)) == nearest(known(split, count))
+        return np.asarray(same, np.float64)
+
+    return neighbours_kept
+
+
+def cosine(predict: Predict, limit: int | None = None) -> Scores:
+    """Return, for each of 2,000 sentences, the cosine of its vector with that of the zoo's MiniLM."""
+    return _minilm_cosine("test")(predict, limit)
+
+
+def cosine_selection(predict: Predict, limit: int | None = None) -> Scores:
+    """Return the same for the 512 sentences that choose."""
+    return _minilm_cosine("selection")(predict, limit)
+
+
+def nearest(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Return for each unit vector (N, size) which other one is nearest."""
     likeness = vectors @ vectors.T
     np.fill_diagonal(likeness, -np.inf)
-    return np.asarray(groups[likeness.argmax(axis=1)] == groups, np.float64)
+    return np.asarray(likeness.argmax(axis=1), np.int64)
 
 
 def embed(predict: Predict, texts: list[str]) -> npt.NDArray[np.float64]:
@@ -72,6 +129,20 @@ def sentences(split: text.Split, count: int) -> Iterator[tuple[int, str]]:
             sentence = order.format(**{slot: _lowered(slot, words) for slot, words in said.items()})
             yield len(seen), sentence[0].upper() + sentence[1:]
         seen.add(key)
+
+
+def _neighbour_right(predict: Predict, split: text.Split, count: int) -> Scores:
+    groups = np.array([group for group, _ in sentences(split, count)])
+    return np.asarray(groups[nearest(_vectors(predict, split, count))] == groups, np.float64)
+
+
+def _vectors(predict: Predict, split: text.Split, count: int) -> npt.NDArray[np.float64]:
+    return embed(predict, [sentence for _, sentence in sentences(split, count)])
+
+
+@functools.cache
+def _minilm_cosine(split: text.Split) -> Callable[..., Scores]:
+    return cosine_with(zoo.fetch("minilm-torchscript"), split)
 
 
 def _lowered(slot: str, words: str) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from graphopt.models.tasks import Feeds, Predict, Scores, item_limit, render, text
+from graphopt.models.tasks.kept import kept
 
-TEST_LINES, CALIBRATION_LINES = 2000, 256
+TEST_LINES, SELECTION_LINES, CALIBRATION_LINES = 2000, 1000, 256
 HEIGHT, WIDTH, BATCH = 48, 192, 16
-_SEEDS: dict[text.Split, int] = {"calibration": 303, "test": 404}
+_SEEDS: dict[text.Split, int] = {"calibration": 303, "selection": 313, "test": 404}
 
 
 def calibration(limit: int | None = None) -> Iterator[Feeds]:
@@ -19,10 +20,25 @@ def calibration(limit: int | None = None) -> Iterator[Feeds]:
         yield feeds
 
 
+def selection(limit: int | None = None) -> Iterator[Feeds]:
+    """Yield 1,000 lines that neither calibrate nor test, in batches of 16."""
+    for feeds, _ in _batches("selection", item_limit(limit, SELECTION_LINES)):
+        yield feeds
+
+
 def rotation_right(predict: Predict, limit: int | None = None) -> Scores:
     """Return, for each of 2,000 lines, 1.0 where the class (0 upright, 1 turned) is right, else 0.0."""
+    return _rotation_right(predict, "test", item_limit(limit, TEST_LINES))
+
+
+def rotation_right_selection(predict: Predict, limit: int | None = None) -> Scores:
+    """Return the same for the 1,000 lines that choose."""
+    return _rotation_right(predict, "selection", item_limit(limit, SELECTION_LINES))
+
+
+def _rotation_right(predict: Predict, split: text.Split, count: int) -> Scores:
     scores = []
-    for feeds, turned in _batches("test", item_limit(limit, TEST_LINES)):
+    for feeds, turned in _batches(split, count):
         probabilities = next(iter(predict(feeds).values()))
         scores.append(probabilities.argmax(axis=1) == turned)
     return np.concatenate(scores).astype(np.float64)
@@ -30,10 +46,15 @@ def rotation_right(predict: Predict, limit: int | None = None) -> Scores:
 
 def _batches(split: text.Split, count: int) -> Iterator[tuple[Feeds, list[int]]]:
     for start in range(0, count, BATCH):
-        pictures, turned = [], []
-        for index in range(start, min(start + BATCH, count)):
-            rng = np.random.default_rng([_SEEDS[split], index])
-            picture = render.line(rng, split).picture
-            turned.append(int(rng.integers(2)))
-            pictures.append(picture[::-1, ::-1] if turned[-1] else picture)
-        yield {"x": render.network_input(pictures, HEIGHT, WIDTH)}, turned
+        items = [_item(split, index) for index in range(start, min(start + BATCH, count))]
+        pictures = [picture for picture, _ in items]
+        yield {"x": render.network_input(pictures, HEIGHT, WIDTH)}, [turned for _, turned in items]
+
+
+@kept(lambda item: item[0].nbytes)
+def _item(split: text.Split, index: int) -> tuple[render.Picture, int]:
+    """Return a line, and 1 where it is turned, else 0."""
+    rng = np.random.default_rng([_SEEDS[split], index])
+    picture = render.line(rng, split).picture
+    turned = int(rng.integers(2))
+    return np.ascontiguousarray(picture[::-1, ::-1]) if turned else picture, turned

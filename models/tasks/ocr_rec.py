@@ -1,6 +1,6 @@
 """Reading lines of text with the PP-OCR recogniser: lines right, and characters right.
 
-Test and calibration lines have different seeds, and no text is in both.
+Lines that calibrate, choose and test have different seeds, and no text is in two of these sets.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import onnx
 from graphopt.errors import ModelError
 from graphopt.models import zoo
 from graphopt.models.tasks import Array, Feeds, Predict, Scores, item_limit, render, text
+from graphopt.models.tasks.kept import kept
 
-TEST_LINES, CALIBRATION_LINES = 2000, 128
+TEST_LINES, SELECTION_LINES, CALIBRATION_LINES = 2000, 500, 128
 HEIGHT, WIDTH_STEP, BATCH = 48, 80, 8
-_SEEDS: dict[text.Split, int] = {"calibration": 101, "test": 202}
+_SEEDS: dict[text.Split, int] = {"calibration": 101, "selection": 111, "test": 202}
 _CHUNK = 128  # lines drawn at a time, then batched by width
 
 
@@ -29,14 +30,35 @@ def calibration(limit: int | None = None) -> Iterator[Feeds]:
         yield feeds
 
 
+def selection(limit: int | None = None) -> Iterator[Feeds]:
+    """Yield 500 lines that neither calibrate nor test, in batches of up to 8."""
+    for _, feeds in _batches("selection", item_limit(limit, SELECTION_LINES)):
+        yield feeds
+
+
 def lines_right(predict: Predict, limit: int | None = None) -> Scores:
     """Return, for each of 2,000 lines, 1.0 where every character is right, else 0.0."""
-    return np.array([float(read == true) for read, true in _readings(predict, limit)])
+    return _right(_readings(predict, "test", item_limit(limit, TEST_LINES)))
+
+
+def lines_right_latin(predict: Predict, limit: int | None = None) -> Scores:
+    """Return the same for 2,000 Latin lines."""
+    return _right(_readings(predict, "test", item_limit(limit, TEST_LINES), "latin"))
+
+
+def lines_right_chinese(predict: Predict, limit: int | None = None) -> Scores:
+    """Return the same for 2,000 Chinese lines."""
+    return _right(_readings(predict, "test", item_limit(limit, TEST_LINES), "chinese"))
+
+
+def lines_right_selection(predict: Predict, limit: int | None = None) -> Scores:
+    """Return the same for the 500 lines that choose."""
+    return _right(_readings(predict, "selection", item_limit(limit, SELECTION_LINES)))
 
 
 def character_accuracy(predict: Predict, limit: int | None = None) -> Scores:
     """Return, for each of 2,000 lines, 1 - edit distance / length of the longer text."""
-    readings = _readings(predict, limit)
+    readings = _readings(predict, "test", item_limit(limit, TEST_LINES))
     return np.array([1.0 - edit_distance(read, true) / max(len(read), len(true)) for read, true in readings])
 
 
@@ -70,29 +92,46 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def samples(split: text.Split, count: int) -> Iterator[render.Line]:
-    """Yield the lines of a split, the same every time."""
-    for index in range(count):
-        yield render.line(np.random.default_rng([_SEEDS[split], index]), split)
+def samples(split: text.Split, count: int, script: text.Script | None = None) -> Iterator[render.Line]:
+    """Yield the first lines of a split, or of one script in it; the same every time."""
+    indices = (i for i in itertools.count() if script in {None, render.script_of(_generator(split, i))})
+    for index in itertools.islice(indices, count):
+        yield _line(split, index)
 
 
-def _readings(predict: Predict, limit: int | None) -> list[tuple[str, str]]:
-    """Return (text read, true text) per test line.
+def _generator(split: text.Split, index: int) -> np.random.Generator:
+    return np.random.default_rng([_SEEDS[split], index])
+
+
+@kept(lambda line: line.picture.nbytes)
+def _line(split: text.Split, index: int) -> render.Line:
+    return render.line(_generator(split, index), split)
+
+
+def _right(readings: list[tuple[str, str]]) -> Scores:
+    return np.array([float(read == true) for read, true in readings])
+
+
+def _readings(
+    predict: Predict, split: text.Split, count: int, script: text.Script | None = None
+) -> list[tuple[str, str]]:
+    """Return (text read, true text) per line.
 
     Full-width forms count as plain ones, spaces at the ends not at all.
     """
-    count = item_limit(limit, TEST_LINES)
     readings = [("", "")] * count
-    for lines, feeds in _batches("test", count):
+    for lines, feeds in _batches(split, count, script):
         read = decode(next(iter(predict(feeds).values())))
         for (index, line), seen in zip(lines, read, strict=True):
             readings[index] = (unicodedata.normalize("NFKC", seen).strip(), line.text)
     return readings
 
 
-def _batches(split: text.Split, count: int) -> Iterator[tuple[list[tuple[int, render.Line]], Feeds]]:
+def _batches(
+    split: text.Split, count: int, script: text.Script | None = None
+) -> Iterator[tuple[list[tuple[int, render.Line]], Feeds]]:
     """Yield lines of about the same width with their index, and the feed they make."""
-    drawn = enumerate(samples(split, count))
+    drawn = enumerate(samples(split, count, script))
     while lines := list(itertools.islice(drawn, _CHUNK)):
         by_width: dict[int, list[tuple[int, render.Line]]] = {}
         for item in lines:

@@ -35,9 +35,14 @@ class Line:
     picture: Picture
 
 
+def script_of(rng: np.random.Generator) -> text.Script:
+    """Return the script that a line drawn from this generator next has: Latin or Chinese with equal chance."""
+    return "latin" if rng.random() < 0.5 else "chinese"
+
+
 def line(rng: np.random.Generator, split: text.Split) -> Line:
     """Return a rendered line, Latin or Chinese with equal chance, worn by noise, blur and a small rotation."""
-    script: text.Script = "latin" if rng.random() < 0.5 else "chinese"
+    script = script_of(rng)
     words = text.line(rng, script, split)
     font = _font(script, rng, int(rng.integers(26, 45)))
     left, top, right, bottom = (int(edge) for edge in font.getbbox(words))

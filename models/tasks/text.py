@@ -15,17 +15,18 @@ from typing import Literal
 
 import numpy as np
 
-Split = Literal["calibration", "test"]
+Split = Literal["calibration", "selection", "test"]
+"""Items that calibrate, that choose between results, and that judge: no item is in two of them."""
 Script = Literal["latin", "chinese"]
 
-_CALIBRATION_SHARE = 4  # one text in four may calibrate, the others test
+_SHARES: tuple[Split, ...] = ("calibration", "test", "test", "test", "selection", "test", "test", "test")
 
 _DOMAINS = ("com", "org", "net", "de", "cn")
 
 
 def in_split(text: str, split: Split) -> bool:
     """Return whether a text belongs to the split; every text belongs to exactly one."""
-    return (zlib.crc32(text.encode()) % _CALIBRATION_SHARE == 0) == (split == "calibration")
+    return _SHARES[zlib.crc32(text.encode()) % len(_SHARES)] == split
 
 
 def line(rng: np.random.Generator, script: Script, split: Split) -> str:

@@ -127,7 +127,7 @@ class Exporter:
             if id(tensor) in current:
                 out.input.append(variable_info(tensor))
             elif id(tensor) in kept:
-                out.input.append(tensor.input_info)
+                out.input.append(_info_of(tensor, tensor.input_info))
             emitted.add(id(tensor))
         out.input.extend(variable_info(t) for t in graph.inputs if id(t) not in emitted)
         out.input.extend(extra)
@@ -223,6 +223,12 @@ def _constant_info(constant: gs.Constant) -> ValueInfoProto:
     return helper.make_tensor_value_info(constant.name, onnx_dtype(constant.dtype), list(constant.shape))
 
 
+def _info_of(constant: gs.Constant, info: ValueInfoProto) -> ValueInfoProto:
+    """Return the type that the file states of a constant, as long as a pass has not given it another element type."""
+    stated = info.type.tensor_type.elem_type
+    return info if stated in (0, onnx_dtype(constant.dtype)) else _constant_info(constant)
+
+
 def _output_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto]:
     """Yield the types of a graph's outputs: as they came where that still holds."""
     stated: dict[int, list[ValueInfoProto]] = {}
@@ -288,7 +294,7 @@ def _value_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto]
             yield info
         elif isinstance(tensor, gs.Constant) or (id(tensor) in ends and tensor.name == info.name):
             if id(tensor) in alive or id(tensor) in ends:
-                yield info
+                yield _info_of(tensor, info) if isinstance(tensor, gs.Constant) else info
         elif id(tensor) in alive:
             done.add(id(tensor))
             yield info if _still_says(info, tensor, compare_type=True) else variable_info(tensor)

@@ -38,22 +38,46 @@ class Plan:
     seed: int = 0
 
 
-def ratios(paths: Mapping[str, Path], feed: Mapping[str, Any], threads: int, plan: Plan) -> dict[str, Ratio]:
-    """Return the time of each model over that of the first, which is left out.
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every model in every sweep of every round.
 
-    With one thread it is the processor time of that thread, otherwise wall time; `conditions` names the clock and
-    the median seconds of one run.
+    Attributes:
+        names: of the models.
+        rows: per round an array (models, sweeps).
+        clock: what was read.
+        seed: of the intervals.
     """
-    names = list(paths)
-    timer = _Timer([paths[name] for name in names], feed, threads, plan)
-    rows = timer.run()
-    medians = [float(np.median(np.concatenate([row[i] for row in rows]))) for i in range(len(names))]
-    found = {}
-    for i, name in enumerate(names[1:], 1):
-        ratio = paired([row[0] for row in rows], [row[i] for row in rows], seed=plan.seed)
-        conditions = {"clock": timer.clock, "seconds": medians[i], "seconds_before": medians[0]}
-        found[name] = replace(ratio, conditions=conditions)
-    return found
+
+    names: tuple[str, ...]
+    rows: Sequence[np.ndarray[Any, np.dtype[np.float64]]]
+    clock: str
+    seed: int
+
+    def median(self, name: str) -> float:
+        """Return the median seconds of one run."""
+        i = self.names.index(name)
+        return float(np.median(np.concatenate([row[i] for row in self.rows])))
+
+    def ratio(self, base: str, name: str) -> Ratio:
+        """Return the time of one model over that of another; `conditions` names the clock and both medians."""
+        i, j = self.names.index(base), self.names.index(name)
+        ratio = paired([row[i] for row in self.rows], [row[j] for row in self.rows], seed=self.seed)
+        conditions = {"clock": self.clock, "seconds": self.median(name), "seconds_before": self.median(base)}
+        return replace(ratio, conditions=conditions)
+
+
+def times(paths: Mapping[str, Path], feed: Mapping[str, Any], threads: int, plan: Plan) -> Times:
+    """Time models in turn: with one thread by the processor time of that thread, otherwise by wall time."""
+    timer = _Timer(list(paths.values()), feed, threads, plan)
+    return Times(tuple(paths), timer.run(), timer.clock, plan.seed)
+
+
+def ratios(paths: Mapping[str, Path], feed: Mapping[str, Any], threads: int, plan: Plan) -> dict[str, Ratio]:
+    """Return the time of each model over that of the first, which is left out."""
+    first, *others = paths
+    found = times(paths, feed, threads, plan)
+    return {name: found.ratio(first, name) for name in others}
 
 
 class _Timer:

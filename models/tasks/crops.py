@@ -95,6 +95,11 @@ def top1_agreement_selection(predict: Predict, limit: int | None = None) -> Scor
     return _efficientnet_agreement("selection")(predict, limit)
 
 
+def logits_sqnr(predict: Predict, limit: int | None = None) -> float:
+    """Return signal to noise of the logits for 2,000 crops against the zoo's EfficientNet-Lite0, in dB."""
+    return _efficientnet_sqnr()(predict, limit)
+
+
 def feeds(split: text.Split, count: int) -> Iterator[Feeds]:
     """Yield the crops of a split, the same every time, in batches of 8."""
     for start in range(0, count, BATCH):
@@ -141,3 +146,8 @@ def _classes(predict: Predict, split: text.Split, count: int) -> npt.NDArray[np.
 @functools.cache
 def _efficientnet_agreement(split: text.Split) -> Callable[..., Scores]:
     return agreement_with(zoo.fetch("efficientnet-lite0-torchscript"), split)
+
+
+@functools.cache
+def _efficientnet_sqnr() -> Callable[..., float]:
+    return sqnr_with(zoo.fetch("efficientnet-lite0-torchscript"))

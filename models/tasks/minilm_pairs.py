@@ -55,12 +55,12 @@ def cosine_with(reference: Reference, split: text.Split = "test") -> Callable[..
     """
     known = answers_of(reference, _vectors)
 
-    def cosine(predict: Predict, limit: int | None = None) -> Scores:
+    def likeness(predict: Predict, limit: int | None = None) -> Scores:
         """Return a cosine per sentence."""
         count = item_limit(limit, _COUNTS[split])
         return np.asarray((_vectors(predict, split, count) * known(split, count)).sum(axis=1))
 
-    return cosine
+    return likeness
 
 
 def neighbours_kept_with(reference: Reference, split: text.Split = "test") -> Callable[..., Scores]:
@@ -70,13 +70,13 @@ def neighbours_kept_with(reference: Reference, split: text.Split = "test") -> Ca
     """
     known = answers_of(reference, _vectors)
 
-    def neighbours_kept(predict: Predict, limit: int | None = None) -> Scores:
+    def kept(predict: Predict, limit: int | None = None) -> Scores:
         """Return 1.0 per sentence whose nearest other one (cosine) stays, else 0.0."""
         count = item_limit(limit, _COUNTS[split])
         same = nearest(_vectors(predict, split, count)) == nearest(known(split, count))
         return np.asarray(same, np.float64)
 
-    return neighbours_kept
+    return kept
 
 
 def cosine(predict: Predict, limit: int | None = None) -> Scores:
@@ -87,6 +87,16 @@ def cosine(predict: Predict, limit: int | None = None) -> Scores:
 def cosine_selection(predict: Predict, limit: int | None = None) -> Scores:
     """Return the same for the 512 sentences that choose."""
     return _minilm_cosine("selection")(predict, limit)
+
+
+def neighbours_kept(predict: Predict, limit: int | None = None) -> Scores:
+    """Return, for each of 2,000 sentences, 1.0 where its neighbour is the one that the zoo's MiniLM finds, else 0.0."""
+    return _minilm_neighbours("test")(predict, limit)
+
+
+def neighbours_kept_selection(predict: Predict, limit: int | None = None) -> Scores:
+    """Return the same for the 512 sentences that choose."""
+    return _minilm_neighbours("selection")(predict, limit)
 
 
 def nearest(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
@@ -143,6 +153,11 @@ def _vectors(predict: Predict, split: text.Split, count: int) -> npt.NDArray[np.
 @functools.cache
 def _minilm_cosine(split: text.Split) -> Callable[..., Scores]:
     return cosine_with(zoo.fetch("minilm-torchscript"), split)
+
+
+@functools.cache
+def _minilm_neighbours(split: text.Split) -> Callable[..., Scores]:
+    return neighbours_kept_with(zoo.fetch("minilm-torchscript"), split)
 
 
 def _lowered(slot: str, words: str) -> str:

@@ -12,7 +12,6 @@ the tapped tensors is run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -20,9 +19,8 @@ import onnx_graphsurgeon as gs
 
 from graphopt.edit import nested_graphs
 from graphopt.importer import origin
-from graphopt.layer_inputs import Gram, GramRequest, Window
+from graphopt.layer_inputs import Gram, GramRequest, Window, request_of
 from graphopt.model import Model
-from graphopt.ops import is_standard
 from graphopt.runtime import Session
 from graphopt.samples import Samples
 
@@ -74,40 +72,6 @@ def tappable(model: Model) -> set[str]:
     """Return the names of the tensors that a session can give back: inputs and nodes' outputs of the main graph."""
     graph = model.graph
     return {t.name for t in graph.inputs} | {t.name for n in graph.nodes for t in n.outputs if t.name}
-
-
-def request_of(node: gs.Node, weight: Sequence[int]) -> GramRequest | None:
-    """Return the request for the rows that a node multiplies its weight (input 1, of this shape) with.
-
-    None where they are no rows of one matrix: operators that are not linear layers, batched weights.
-    """
-    shape = tuple(int(size) for size in weight)
-    tensor = node.inputs[0].name
-    if is_standard(node, "MatMul") and len(shape) == 2:
-        return GramRequest(tensor, shape[0])
-    if is_standard(node, "Gemm") and len(shape) == 2:
-        width = shape[1] if node.attrs.get("transB", 0) else shape[0]
-        return GramRequest(tensor, width, axis=0 if node.attrs.get("transA", 0) else -1)
-    group = node.attrs.get("group", 1)
-    if not isinstance(group, int) or len(shape) < 3:
-        return None
-    if is_standard(node, "ConvTranspose"):
-        return GramRequest(tensor, shape[0] // group, axis=1, group=group)
-    if is_standard(node, "Conv"):
-        return GramRequest(tensor, math.prod(shape[1:]), 1, _window(node, shape[2:]), group)
-    return None
-
-
-def _window(node: gs.Node, kernel: tuple[int, ...]) -> Window:
-    ones = [1] * len(kernel)
-    auto_pad = node.attrs.get("auto_pad", "NOTSET")
-    return Window(
-        kernel,
-        tuple(node.attrs.get("strides", ones)),
-        tuple(node.attrs.get("dilations", ones)),
-        tuple(node.attrs.get("pads", [0, 0] * len(kernel))),
-        auto_pad.decode() if isinstance(auto_pad, bytes) else auto_pad,
-    )
 
 
 def _batches(requests: Sequence[GramRequest], budget: int) -> Iterator[list[GramRequest]]:

@@ -1,210 +1,383 @@
-"""Samples -> what is known of a model's tensors: histograms, ranges, means, per-channel statistics.
+"""Samples -> a `Calibration`: the model is run on each, and its tensors are counted as they come.
 
-Tensors are read in groups, each small enough for what one sample makes of it to fit a fixed budget; a group is one sweep
-over the samples.
+Memory is bounded by the model, the statistics and a budget, whatever the number of samples.  Tensors are read in groups
+of which one sample makes no more bytes than the budget; each group is one sweep over the samples.  Sizes are those of
+the first sample; where a larger one exceeds the budget, its group is halved and the second half waits for a sweep of
+its own, from that sample on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import tempfile
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
 
+from graphopt.calibration import Calibration
 from graphopt.errors import DataError, ModelError, did_you_mean
-from graphopt.histogram import CHUNK, Histogram
-from graphopt.model import Model, Source, load
-from graphopt.ranges import Range, find_range
+from graphopt.exporter import inline
+from graphopt.external import digest
+from graphopt.model import INLINE_LIMIT, Model, Source, load
 from graphopt.runtime import Session
 from graphopt.samples import Feeds
+from graphopt.tensors import LazyTensor, is_float
 
-Array = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[Any]
+
+__all__ = ["BUDGET", "Calibration", "calibrate"]
+
+LIMIT = 1 << 16
+"""Values of a tensor that are counted of each sample, unless the caller says otherwise: with a hundred samples some 300
+values on either side tell where the 99.99th percentile is."""
 
 BUDGET = 1 << 28
+"""Bytes of fetched tensors, unless the caller says otherwise."""
+
+LARGEST_GROUP = 512
+"""Tensors in a group: sessions with more outputs take long to make."""
+
+CHUNK_SAMPLES, CHUNK_BYTES = 32, 1 << 25
+"""Samples that go to a process at a time: so many, or so many bytes."""
+
+SAVE_SECONDS = 30.0
+"""Between two writings of the state."""
+
+_SIZE = "graphopt.size."
+_PHASE = 2_654_435_769  # 2^32 by the golden ratio: its multiples are spread evenly, whatever they are taken modulo
 
 
-class TensorStatistics:
-    """What is known of one tensor."""
+@dataclass
+class Group:
+    """Tensors that are read together.
 
-    def __init__(self, axis: int | None = None) -> None:
-        self.histogram = Histogram()
-        self.total = 0.0
-        self.squares = 0.0
-        self.axis = axis
-        self.channels: tuple[Array, Array, Array, Array] | None = None
-        self.channel_count = 0
-        self.nans = 0
-        self.infinities = 0
-        self.samples = 0
+    Attributes:
+        names: the tensors.
+        start: how many samples they have behind them.
+    """
 
-    def add(self, values: Array) -> None:
-        """Add a sample's values (floats of any type and shape)."""
-        self.samples += 1
-        if not values.size:
-            return
-        values = np.ascontiguousarray(values, np.float32)
-        low, high = float(values.min()), float(values.max())
-        if not np.isfinite(low + high):
-            self.nans += int(np.isnan(values).sum())
-            self.infinities += int(np.isinf(values).sum())
-        finite = values[np.isfinite(values)] if not np.isfinite(low + high) else values.reshape(-1)
-        if not finite.size:
-            return
-        self.histogram.add(finite, float(finite.min()), float(finite.max()))
-        for start in range(0, finite.size, CHUNK):
-            part = finite[start : start + CHUNK]
-            self.total += float(part.sum(dtype=np.float64))
-            self.squares += float(np.dot(part, part))
-        if self.axis is not None:
-            self._add_channels(values)
-
-    def _add_channels(self, values: Array) -> None:
-        assert self.axis is not None
-        others = tuple(i for i in range(values.ndim) if i != self.axis % values.ndim)
-        found = (
-            values.min(axis=others), values.max(axis=others),
-            values.sum(axis=others, dtype=np.float64), np.square(values, dtype=np.float64).sum(axis=others),
-        )  # fmt: skip
-        self.channel_count += values.size // values.shape[self.axis]
-        if self.channels is None:
-            self.channels = found
-            return
-        held = self.channels
-        self.channels = (
-            np.minimum(held[0], found[0]), np.maximum(held[1], found[1]), held[2] + found[2], held[3] + found[3],
-        )  # fmt: skip
-
-
-class Calibration:
-    """What samples told of a model's tensors."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, TensorStatistics] = {}
-        self.skipped: dict[str, str] = {}
-        self.samples = 0
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors."""
-        return list(self.tensors)
-
-    def range(self, name: str, method: str = "min-max", **options: Any) -> Range:
-        """Return the range of a tensor that a method picks (`ranges.METHODS`)."""
-        return find_range(self._of(name).histogram, method, **options)
-
-    def mean(self, name: str) -> float:
-        """Return the mean of all values."""
-        held = self._of(name)
-        return held.total / max(held.histogram.count, 1)
-
-    def second_moment(self, name: str) -> float:
-        """Return the mean of the squares."""
-        held = self._of(name)
-        return held.squares / max(held.histogram.count, 1)
-
-    def channel_low(self, name: str) -> Array:
-        """Return the smallest value of each channel."""
-        return self._channels(name)[0]
-
-    def channel_high(self, name: str) -> Array:
-        """Return the largest value of each channel."""
-        return self._channels(name)[1]
-
-    def channel_mean(self, name: str) -> Array:
-        """Return the mean of each channel."""
-        return self._channels(name)[2] / max(self._of(name).channel_count, 1)
-
-    def channel_second_moment(self, name: str) -> Array:
-        """Return the mean square of each channel."""
-        return self._channels(name)[3] / max(self._of(name).channel_count, 1)
-
-    def problems(self, name: str) -> str | None:
-        """Return what is odd about a tensor's values in words, None if nothing is."""
-        if name in self.skipped:
-            return self.skipped[name]
-        held = self._of(name)
-        if not held.histogram.count:
-            return "no finite values"
-        if held.nans or held.infinities:
-            return f"{held.nans} NaN and {held.infinities} infinite values were left out"
-        return "constant" if held.histogram.low == held.histogram.high else None
-
-    def _of(self, name: str) -> TensorStatistics:
-        if name in self.skipped:
-            raise DataError(f"tensor '{name}' was not calibrated: {self.skipped[name]}", at=name)
-        if name not in self.tensors:
-            raise DataError(f"no tensor '{name}' was calibrated", at=name, hint=did_you_mean(name, self.tensors))
-        return self.tensors[name]
-
-    def _channels(self, name: str) -> tuple[Array, Array, Array, Array]:
-        channels = self._of(name).channels
-        if channels is None:
-            raise DataError(f"channels of tensor '{name}' were not asked for", at=name)
-        return channels
+    names: list[str]
+    start: int = 0
 
 
 def calibrate(
     model: Source, samples: Iterable[Feeds], tensors: Sequence[str] | None = None, *, budget: int = BUDGET,
-    jobs: int = 1, channels: Mapping[str, int] | None = None, seed: int = 0,
+    jobs: int = 1, channels: Mapping[str, int] | None = None, seed: int = 0, resume: str | Path | None = None,
+    threads: int = 1, limit: int | None = LIMIT,
 ) -> Calibration:  # fmt: skip
     """Run samples through a model and return what they tell of its tensors.
 
     Args:
         model: what to run.
-        samples: feeds, which can be iterated more than once.
-        tensors: of the main graph; None for all float activations.
+        samples: feeds, iterated once or more often.
+        tensors: of the main graph, inputs among them; None for all that are floats and no constants.
         budget: bytes that the fetched tensors of one sample may take.
-        jobs: processes.
-        channels: tensor name -> channel axis, for those that statistics are wanted of channel by channel.
-        seed: of random choices.
+        jobs: processes, through joblib: its backends may be other machines.  Same result for any number.
+        channels: name -> channel axis, for tensors that are to have statistics of each channel too.
+        seed: of which values are looked at where `limit` leaves some out.
+        resume: a file that keeps the state: written as samples are done, and read when it is there.  Samples that it
+            knows are skipped, so they must come in the same order.
+        threads: of ORT, in each process.
+        limit: values of a tensor that its histogram takes of each sample, about; None for all.  Extremes, means and
+            second moments are always of all.
 
     Raises:
-        DataError: no samples, or they do not fit the model.
-        ModelError: a tensor that the model does not have.
+        DataError: no samples, or they do not fit the model; the state in `resume` is of another model.
+        ModelError: the main graph has no such tensor.
     """
     model = load(model)
-    channels = dict(channels or {})
-    names = list(dict.fromkeys([*(tensors if tensors is not None else _activations(model)), *channels]))
-    found = Calibration()
-    inputs = {t.name for t in model.graph.inputs}
-    for group in itertools.batched(names, 256) if hasattr(itertools, "batched") else _batched(names, 256):
-        session = _tapped(model, [n for n in group if n not in inputs])
-        count = 0
-        for feeds in samples:
-            values = session.run(feeds, [n for n in group if n not in inputs])
-            for name in group:
-                _add(found, name, values.get(name, feeds.get(name)), channels.get(name))
-            count += 1
-        found.samples = count
-        if not count:
-            raise DataError("there are no samples to calibrate on")
-    return found
+    axes = dict(channels or {})
+    names = list(dict.fromkeys([*(activations(model) if tensors is None else tensors), *axes]))
+    settings = Settings(axes, limit, seed, threads)
+    run = _Run(model, samples, settings, budget, jobs, None if resume is None else Path(resume))
+    run.check(names)
+    return run.all(names)
 
 
-def _batched(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(names), size):
-        yield names[start : start + size]
+def activations(model: Model) -> list[str]:
+    """Return the tensors of the main graph that may be floats: inputs and what its nodes make but constants."""
+    made = [t for node in model.graph.nodes if node.op != "Constant" for t in node.outputs if t.name]
+    return [t.name for t in [*model.graph.inputs, *made] if t.dtype is None or is_float(np.dtype(t.dtype))]
 
 
-def _add(found: Calibration, name: str, value: Any, axis: int | None) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fV":
-        found.skipped[name] = "not a float tensor"
-        return
-    if name not in found.tensors:
-        found.tensors[name] = TensorStatistics(axis)
-    found.tensors[name].add(value)
+@dataclass(frozen=True)
+class Settings:
+    """How samples are run and counted: see `calibrate`."""
+
+    axes: Mapping[str, int]
+    limit: int | None
+    seed: int
+    threads: int
 
 
-def _activations(model: Model) -> list[str]:
-    made = [t for node in model.graph.nodes for t in node.outputs if t.name]
-    return [t.name for t in [*model.graph.inputs, *made] if t.dtype is None or np.dtype(t.dtype).kind in "fV"]
+@dataclass
+class _Run:
+    """One call of `calibrate`."""
+
+    model: Model
+    samples: Iterable[Feeds]
+    settings: Settings
+    budget: int
+    jobs: int
+    state: Path | None
+    found: Calibration = field(default_factory=Calibration)
+    saved_at: float = 0.0
+    adding: bool = False
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise ModelError for a tensor that the main graph does not compute, DataError for samples that run out."""
+        known = {t.name for node in self.model.graph.nodes for t in node.outputs} | self.inputs
+        for name in names:
+            if name not in known:
+                hint = did_you_mean(name, known) or "only what the main graph computes can be calibrated"
+                raise ModelError("the model computes no such tensor", at=name, hint=hint)
+        if isinstance(self.samples, Iterator):
+            raise DataError(
+                "samples are read more than once, and an iterator gives them once only", hint="pass a list or Samples"
+            )
+
+    @functools.cached_property
+    def inputs(self) -> set[str]:
+        """Names of the model's inputs, which are read from the feeds."""
+        return {t.name for t in self.model.graph.inputs}
+
+    def all(self, names: Sequence[str]) -> Calibration:
+        """Return the statistics of all tensors, sweep by sweep."""
+        self._resume()
+        waiting = deque(self._groups(names))
+        while waiting:
+            waiting.extendleft(reversed(self._sweep(waiting.popleft())))
+        return self.found
+
+    def _resume(self) -> None:
+        if self.state is None:
+            return
+        source = model_digest(self.model)
+        self.found = Calibration.load(self.state) if self.state.exists() else Calibration(source)
+        if self.found.source != source:
+            raise DataError("the saved calibration is of another model", at=str(self.state), hint="delete it")
+        self.saved_at = time.monotonic()
+
+    def _save(self, *, now: bool = True) -> None:
+        if self.state is not None and (now or time.monotonic() > self.saved_at + SAVE_SECONDS):
+            self.found.save(self.state)
+            self.saved_at = time.monotonic()
+
+    def _groups(self, names: Sequence[str]) -> Iterator[Group]:
+        """Yield groups of tensors that have as many samples behind them and fit the budget on the first sample."""
+        sizes = self._sizes([n for n in names if n not in self.found.skipped])
+        behind = {n: self.found.tensors[n].samples if n in self.found.tensors else 0 for n in sizes}
+        for start in sorted(set(behind.values())):
+            group, total = Group([], start), 0
+            for name in [n for n in sizes if behind[n] == start]:
+                if group.names and (total + sizes[name] > self.budget or len(group.names) >= LARGEST_GROUP):
+                    yield group
+                    group, total = Group([], start), 0
+                group.names.append(name)
+                total += sizes[name]
+            yield group
+
+    def _sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the bytes of each tensor on the first sample (as float32); they are counted by ORT, not fetched."""
+        feeds = next(iter(self.samples), None)
+        if feeds is None:
+            raise DataError("there are no samples to calibrate on", hint="give --data")
+        inner = [name for name in names if name not in self.inputs]
+        counts: dict[str, int] = {}
+        for start in range(0, len(inner), LARGEST_GROUP):
+            counts.update(self._counts(inner[start : start + LARGEST_GROUP], feeds))
+        outer = {name: int(np.size(feeds.get(name, ()))) for name in names if name in self.inputs}
+        return {name: 4 * (outer | counts)[name] for name in names if name in outer or name in counts}
+
+    def _counts(self, names: Sequence[str], feeds: Feeds) -> dict[str, int]:
+        try:
+            session = Session(with_sizes(self.model, names), optimization="off", threads=self.settings.threads)
+        except ModelError:  # some are no tensors
+            kinds = Session(self.model, optimization="off", extra_outputs=names).output_types
+            odd = {n: kinds[n] for n in names if not kinds[n].startswith("tensor(")}
+            if not odd:
+                raise
+            self.found.skipped.update((n, f"not a tensor but a {kind}") for n, kind in odd.items())
+            return self._counts([n for n in names if n not in odd], feeds)
+        values = session.run(feeds, [_SIZE + name for name in names])
+        return {name: int(values[_SIZE + name]) for name in names}
+
+    def _sweep(self, group: Group) -> list[Group]:
+        """Add the samples that a group has not had; return what is left to do where one exceeded the budget."""
+        try:
+            for fetched in self._here(group) if self.jobs == 1 else self._spread(group):
+                self._save(now=False)
+                names = group.names = [n for n in group.names if n not in self.found.skipped]
+                if not names:
+                    return []
+                if fetched > self.budget and len(names) > 1:
+                    half = len(names) // 2
+                    return [Group(names[:half], group.start), Group(names[half:], group.start)]
+        finally:
+            if not self.adding:  # else the state is torn; what was saved before stands
+                self._save()
+        return []
+
+    def _here(self, group: Group) -> Iterator[int]:
+        """Add sample after sample in this process; yield the bytes that each made."""
+        session = Session(self.model, extra_outputs=self._inner(group.names), threads=self.settings.threads)
+        for feeds in itertools.islice(self.samples, group.start, None):
+            values = fetch(session, feeds, group.names)
+            self.adding = True
+            add(self.found, values, self.settings, group.start)
+            self.adding = False
+            group.start += 1
+            yield total_bytes(values)
+
+    def _spread(self, group: Group) -> Iterator[int]:
+        """Add chunk after chunk that other processes count; yield the most bytes that a sample of each made."""
+        import joblib  # noqa: PLC0415  (needed by few)
+
+        count, names = joblib.delayed(count_chunk), list(group.names)
+        with portable(self.model, self._inner(names)) as source:
+            feeds = itertools.islice(self.samples, group.start, None)
+            work = (count(source, chunk, names, self.settings) for chunk in chunks(feeds, group.start))
+            for part, done, most in joblib.Parallel(n_jobs=self.jobs, return_as="generator")(work):
+                part.source = self.found.source
+                self.adding = True
+                self.found.absorb(part)
+                self.adding = False
+                group.start += done
+                yield most
+
+    def _inner(self, names: Iterable[str]) -> list[str]:
+        return [n for n in names if n not in self.inputs]
 
 
-def _tapped(model: Model, names: Sequence[str]) -> Session:
-    made = {t.name for node in model.graph.nodes for t in node.outputs}
+def with_sizes(model: Model, names: Iterable[str]) -> Model:
+    """Return a copy of a model that has, for each tensor, an output with its number of elements."""
+    copy = model.copy()
+    made = {t.name: t for node in copy.graph.nodes for t in node.outputs}
     for name in names:
-        if name not in made:
-            raise ModelError(f"the model makes no tensor '{name}'", at=name, hint=did_you_mean(name, made))
-    return Session(model, extra_outputs=list(names))
+        size = gs.Variable(_SIZE + name, np.dtype(np.int64), [])
+        copy.graph.nodes.append(gs.Node("Size", inputs=[made[name]], outputs=[size]))
+        copy.graph.outputs.append(size)
+    return copy
+
+
+def fetch(session: Session, feeds: Feeds, names: Sequence[str]) -> dict[str, Any]:
+    """Return tensors by name: those that are fed as they are, the others as a run makes them."""
+    inner = [n for n in names if n in session.output_names]
+    made = session.run(feeds, inner)
+    return {name: made[name] if name in made else feeds.get(name) for name in names}
+
+
+def add(found: Calibration, values: Mapping[str, Any], settings: Settings, index: int) -> None:
+    """Add the tensors of the sample at `index`; those that are no floats are skipped with the reason."""
+    phase = (index + settings.seed) * _PHASE
+    for name, value in values.items():
+        if isinstance(value, np.ndarray) and is_float(value.dtype):
+            found.add(name, value, settings.axes.get(name), limit=settings.limit, phase=phase)
+        elif isinstance(value, np.ndarray):
+            found.skipped[name] = f"not floats but {value.dtype.name}"
+        else:
+            found.skipped[name] = "not fed" if value is None else "not a tensor"
+
+
+def total_bytes(values: Mapping[str, Any]) -> int:
+    """Return the bytes of all arrays."""
+    return sum(v.nbytes for v in values.values() if isinstance(v, np.ndarray))
+
+
+def model_digest(model: Model) -> str:
+    """Return a text that differs between models that differ."""
+    snapshot = model.snapshot()
+    weights = (v.raw() if isinstance(v, LazyTensor) else inline("", v).raw_data for v in snapshot.weights)
+    return digest(itertools.chain([snapshot.proto.SerializeToString(deterministic=True)], weights))
+
+
+# --- other processes
+
+
+@dataclass(frozen=True)
+class Portable:
+    """A model for other processes, in a form that joblib sends once.
+
+    Attributes:
+        data: the bytes of the proto, or None where they are too many for one message.
+        path: then the file, which the other processes must see too.
+        key: tells models apart.
+        custom_ops: libraries that ORT loads.
+    """
+
+    data: npt.NDArray[np.uint8] | None
+    path: Path | None
+    key: str
+    custom_ops: tuple[Path, ...]
+
+    def session(self, threads: int) -> Session:
+        """Return a session of the model."""
+        if self.data is not None:
+            proto = onnx.ModelProto.FromString(self.data.tobytes())
+            return Session(proto, threads=threads, custom_ops=self.custom_ops)
+        assert self.path is not None
+        return Session(self.path, threads=threads, custom_ops=self.custom_ops)
+
+
+@contextlib.contextmanager
+def portable(model: Model, names: Sequence[str]) -> Iterator[Portable]:
+    """Give the model with these tensors as outputs to other processes for a while."""
+    copy = model.copy()
+    made = {t.name: t for node in copy.graph.nodes for t in node.outputs}
+    present = {t.name for t in copy.graph.outputs}
+    copy.graph.outputs.extend(made[n] for n in names if n not in present)
+    key = uuid.uuid4().hex
+    if copy.weight_bytes() <= INLINE_LIMIT:
+        yield Portable(np.frombuffer(copy.emit().SerializeToString(), np.uint8), None, key, model.custom_ops)
+        return
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        path = Path(folder) / "model.onnx"
+        copy.save(path)
+        yield Portable(None, path, key, model.custom_ops)
+
+
+def chunks(samples: Iterable[Feeds], start: int) -> Iterator[tuple[int, list[Feeds]]]:
+    """Yield lists of consecutive samples, bounded in number and bytes, with the index of their first."""
+    chunk: list[Feeds] = []
+    for index, feeds in enumerate(samples, start + 1):
+        chunk.append(feeds)
+        if len(chunk) >= CHUNK_SAMPLES or sum(map(total_bytes, chunk)) > CHUNK_BYTES:
+            yield index - len(chunk), chunk
+            chunk = []
+    if chunk:
+        yield index - len(chunk), chunk
+
+
+def count_chunk(
+    source: Portable, chunk: tuple[int, list[Feeds]], names: Sequence[str], settings: Settings
+) -> tuple[Calibration, int, int]:
+    """Return statistics of a chunk, its number of samples, and the most bytes that one of them made."""
+    session = _session(source.key, lambda: source.session(settings.threads))
+    found, most = Calibration(), 0
+    for index, feeds in enumerate(chunk[1], chunk[0]):
+        values = fetch(session, feeds, names)
+        add(found, values, settings, index)
+        most = max(most, total_bytes(values))
+    return found, len(chunk[1]), most
+
+
+_sessions: dict[str, Session] = {}
+
+
+def _session(key: str, make: Callable[[], Session]) -> Session:
+    """Return this process's session of a model; one is kept, so that the next chunk finds it."""
+    if key not in _sessions:
+        _sessions.clear()
+        _sessions[key] = make()
+    return _sessions[key]

@@ -40,7 +40,9 @@ def code_range(dtype: npt.DTypeLike) -> tuple[int, int]:
     try:
         info = ml_dtypes.iinfo(kind)
     except ValueError as error:
-        raise SpecError(f"{kind.name} holds no integer codes", hint="int4, uint4, int8, uint8, int16, uint16") from error
+        raise SpecError(
+            f"{kind.name} holds no integer codes", hint="int4, uint4, int8, uint8, int16, uint16"
+        ) from error
     return int(info.min), int(info.max)
 
 
@@ -93,7 +95,7 @@ class Affine:
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = values / self._spread(self.scale, values.shape)
         rounded = np.rint(np.clip(scaled, smallest - zero, largest - zero)) + zero
-        return np.nan_to_num(rounded, nan=smallest).astype(np.int32).astype(self.dtype)
+        return np.asarray(np.nan_to_num(rounded, nan=smallest).astype(np.int32).astype(self.dtype))
 
     def dequantize(self, codes: Array) -> Floats:
         """Return float32 values as DequantizeLinear makes them."""
@@ -119,9 +121,7 @@ def spread(parameter: Array, shape: tuple[int, ...], axis: int | None, block: in
     return parameter.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
 
-def activation_code(
-    low: float, high: float, dtype: npt.DTypeLike = np.uint8, symmetric: bool = False
-) -> Affine:
+def activation_code(low: float, high: float, dtype: npt.DTypeLike = np.uint8, symmetric: bool = False) -> Affine:
     """Return the scalar code of a range, which is widened to hold zero.
 
     Args:

@@ -1,13 +1,16 @@
 """Counts of float values in bins that are the same for every tensor, so that histograms add up exactly.
 
 A bin is a piece of an octave [2^e, 2^(e+1)): its number is the upper bits of the float32 itself.  The highest `FINE`
-octaves that hold anything, on each side of zero, are cut into 1,024 bins each, the others into 32.  Which octaves hold anything depends on
-nothing but the values, and an octave only ever gets coarser as others are added: adding histograms in any order, or
-all values to one, gives the same counts.  An outlier (a mask of -3.4e38) takes one octave and leaves the others fine.
+octaves that hold anything, on each side of zero, are cut into 1,024 bins each, the others into 32; what is below the
+normal float32 values counts as 32 bins of one octave.  Which octaves hold anything depends on nothing but the values,
+and an octave only ever gets coarser as others are added: adding histograms in any order, or all values to one, gives
+the same counts.  An outlier (a mask of -3.4e38) takes one octave and leaves the others fine.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -27,6 +30,8 @@ CHUNK = 1 << 16
 """Values counted at a time, so that what is computed of them stays in the processor's cache."""
 WAITING = 1 << 15
 """Values that are kept until they are worth counting."""
+SMOOTHINGS = (0.0, 0.01)
+"""Of the running averages that are kept: all samples alike, and what Jacob et al. (2018) call close to one."""
 
 
 @dataclass
@@ -78,6 +83,19 @@ class Side:
             counts = self.fine.pop(octave).reshape(1 << COARSE_BITS, -1).sum(axis=1)
             self._add_coarse(octave << COARSE_BITS, counts)
 
+    def to_arrays(self) -> dict[str, Array]:
+        """Return the state as arrays."""
+        octaves = sorted(self.fine)
+        rows = [self.fine[o] for o in octaves]
+        fine = np.stack(rows) if rows else np.zeros((0, 1 << FINE_BITS), np.int64)
+        return {"octaves": np.array(octaves, np.int64), "fine": fine, "coarse": self.coarse}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> Side:
+        """Return what `to_arrays` made the arrays of."""
+        rows = zip(arrays["octaves"].tolist(), arrays["fine"], strict=True)
+        return cls(arrays["coarse"].copy(), {octave: row.copy() for octave, row in rows})
+
     def bins(self) -> tuple[Array, Array, Counts]:
         """Return lower and upper edge of each bin that holds something (float64), rising, and its count."""
         used = np.flatnonzero(self.coarse)
@@ -114,8 +132,40 @@ class Bins:
     counts: Counts
 
 
+@dataclass
+class Average:
+    """A running average of the smallest and largest value of each sample, the last samples weighing most.
+
+    With smoothing `c` sample i of n weighs (1 - c)^(n - 1 - i); the weights are made to sum to 1, as Adam corrects its
+    averages (Kingma and Ba 2015), so that the first sample counts no more than others.  Smoothing 0 weighs all alike.
+    Averages of consecutive runs of samples merge in that order.
+    """
+
+    smoothing: float
+    samples: int = 0
+    weight: float = 0.0
+    low_sum: float = 0.0
+    high_sum: float = 0.0
+
+    def add(self, low: float, high: float) -> None:
+        """Add a sample's extremes."""
+        self.merge(Average(self.smoothing, 1, 1.0, low, high))
+
+    def merge(self, later: Average) -> None:
+        """Add the samples of another average, which came after."""
+        kept = (1.0 - self.smoothing) ** later.samples
+        self.weight = kept * self.weight + later.weight
+        self.low_sum = kept * self.low_sum + later.low_sum
+        self.high_sum = kept * self.high_sum + later.high_sum
+        self.samples += later.samples
+
+    def extremes(self) -> tuple[float, float]:
+        """Return the average smallest and largest value (at least one sample)."""
+        return self.low_sum / self.weight, self.high_sum / self.weight
+
+
 class Histogram:
-    """Counts of all values added, with the exact smallest and largest."""
+    """Counts of all values added, with the exact smallest and largest, and averages of the samples' extremes."""
 
     def __init__(self) -> None:
         self.negative = Side()
@@ -123,16 +173,31 @@ class Histogram:
         self.low = np.inf
         self.high = -np.inf
         self.count = 0
+        self.averages = [Average(c) for c in SMOOTHINGS]
         self._waiting: list[npt.NDArray[np.float32]] = []
 
-    def add(self, values: npt.NDArray[np.float32], low: float, high: float) -> None:
-        """Add finite float32 values (1-D, contiguous), the least and largest of which are known."""
+    def add(
+        self, values: npt.NDArray[np.float32], low: float, high: float, *, limit: int | None = None, phase: int = 0
+    ) -> None:
+        """Add a sample's values.
+
+        Args:
+            values: finite float32, 1-D, contiguous.
+            low: the least of them.
+            high: the largest.
+            limit: about how many are looked at where there are more: every n-th, which then counts n times.  n has no
+                factor in common with the number of values, so that no row or channel is passed over.
+            phase: moves the first that is looked at.
+        """
         if not values.size:
             return
+        for average in self.averages:
+            average.add(low, high)
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.count += values.size
-        if values.size >= WAITING:
-            self._count(values)
+        step = 1 if limit is None else stride(values.size, limit)
+        if step > 1 or values.size >= WAITING:
+            self._count(np.ascontiguousarray(values[phase % step :: step]), step)
             return
         self._waiting.append(values.copy())
         if sum(v.size for v in self._waiting) >= WAITING:
@@ -144,7 +209,7 @@ class Histogram:
             waiting, self._waiting = np.concatenate(self._waiting), []
             self._count(waiting)
 
-    def _count(self, values: npt.NDArray[np.float32]) -> None:
+    def _count(self, values: npt.NDArray[np.float32], weight: int = 1) -> None:
         largest = np.float32(max(-self.low, self.high)).view(np.int32)
         floor = self._floor(values)
         signed = self.low < 0
@@ -157,6 +222,7 @@ class Histogram:
                 keys ^= bits >> 31  # turns key k of a negative value into -1 - k
                 keys += np.int32(size)
             counts += np.bincount(keys, minlength=len(counts))
+        counts *= weight
         if signed:
             self.negative.add(counts[:size][::-1], floor)
             counts = counts[size:]
@@ -175,13 +241,35 @@ class Histogram:
         return min(lowest, default=1)
 
     def merge(self, other: Histogram) -> None:
-        """Add another histogram's values."""
+        """Add another histogram's values; its samples come after this one's, which matters for averages only."""
+        for average, later in zip(self.averages, other.averages, strict=True):
+            average.merge(later)
         self.flush()
         other.flush()
         self.negative.merge(other.negative)
         self.positive.merge(other.positive)
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.count += other.count
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return the state as arrays."""
+        self.flush()
+        averages = [[a.smoothing, a.samples, a.weight, a.low_sum, a.high_sum] for a in self.averages]
+        out = {"ends": np.array([self.low, self.high]), "count": np.array(self.count), "averages": np.array(averages)}
+        for name, side in (("negative", self.negative), ("positive", self.positive)):
+            out.update({f"{name}.{key}": array for key, array in side.to_arrays().items()})
+        return out
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> Histogram:
+        """Return what `to_arrays` made the arrays of."""
+        out = cls()
+        out.low, out.high = arrays["ends"].tolist()
+        out.count = int(arrays["count"])
+        out.averages = [Average(row[0], int(row[1]), *row[2:]) for row in arrays["averages"].tolist()]
+        out.negative = Side.from_arrays(within(arrays, "negative"))
+        out.positive = Side.from_arrays(within(arrays, "positive"))
+        return out
 
     def bins(self) -> Bins:
         """Return the bins; the first and last are cut to the exact smallest and largest value."""
@@ -199,6 +287,19 @@ class Histogram:
         return Bins(np.clip(low, self.low, self.high), np.clip(high, self.low, self.high), counts)
 
 
+def within(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    """Return the arrays whose key begins with `prefix` and a dot, without these."""
+    return {key[len(prefix) + 1 :]: array for key, array in arrays.items() if key.startswith(prefix + ".")}
+
+
+def stride(size: int, limit: int) -> int:
+    """Return the least step that leaves at most `limit` of so many values and has no factor in common with them."""
+    step = -(-size // limit)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
 def _keys(bits: npt.NDArray[np.int32], floor: int) -> npt.NDArray[np.int32]:
     """Return the number of each value's bin: coarse ones below octave `floor`, then fine ones; the sign is ignored."""
     split = np.int32(floor << 23)
@@ -209,4 +310,4 @@ def _keys(bits: npt.NDArray[np.int32], floor: int) -> npt.NDArray[np.int32]:
     np.minimum(magnitude, split, out=magnitude)
     magnitude >>= _COARSE_SHIFT
     keys += magnitude
-    return keys
+    return np.asarray(keys)

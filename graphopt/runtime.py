@@ -166,6 +166,7 @@ class Session:
             )
         self.input_names = [i.name for i in self._session.get_inputs()]
         self.output_names = [o.name for o in self._session.get_outputs()]
+        self.output_types = {o.name: str(o.type) for o in self._session.get_outputs()}
 
     @staticmethod
     def _options(ort: Any, optimization: Optimization, threads: int, custom_ops: Sequence[Path]) -> Any:
@@ -200,19 +201,22 @@ class Session:
             model = load(model)
         if isinstance(model, Model):
             if model.weight_bytes() > INLINE_LIMIT:
-                return self._write_large(model)
+                return self._write_large(model, extra_outputs)
             model = model.emit()
         elif extra_outputs:
             copy = onnx.ModelProto()
             copy.CopyFrom(model)
             model = copy
-        present = {o.name for o in model.graph.output}
-        model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in extra_outputs if n not in present)
+        _add_outputs(model, extra_outputs)
         return model.SerializeToString()  # type: ignore[no-any-return]
 
-    def _write_large(self, model: Model) -> str:
+    def _write_large(self, model: Model, extra_outputs: Sequence[str]) -> str:
         path = Path(self._temporary()) / "model.onnx"
         model.save(path)
+        if extra_outputs:
+            proto = onnx.load(path, load_external_data=False)
+            _add_outputs(proto, extra_outputs)
+            path.write_bytes(proto.SerializeToString())
         return str(path)
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Any]:
@@ -269,6 +273,11 @@ class Session:
             if provider:
                 found[event["name"].removesuffix("_kernel_time")] = provider
         return found
+
+
+def _add_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:
+    present = {o.name for o in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in present)
 
 
 def evaluate(

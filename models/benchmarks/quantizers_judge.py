@@ -22,7 +22,6 @@ from graphopt.errors import GraphoptError
 from graphopt.models.benchmarks.quantizers_cases import CASES
 from graphopt.runtime import Session
 
-
 LARGEST_KEPT = 1 << 20
 """Bytes of outputs that are remembered of a feed: metrics of one task often ask for the same."""
 

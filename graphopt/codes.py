@@ -2,17 +2,20 @@
 
 Affine codes are ONNX's QuantizeLinear and DequantizeLinear (opset 21): one scale and zero point per tensor, per channel
 or per block along an axis.  A scale is always a normal positive float32, and zero is always exactly representable.
+Codebooks number a few levels that need not be evenly spaced: powers of two, NormalFloat, k-means.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtri
 
 from graphopt.errors import DataError, SpecError
 
@@ -24,8 +27,9 @@ TINY = float(np.finfo(np.float32).tiny)
 """Smallest normal float32: kernels flush what is below to zero and would divide by it."""
 LARGEST = float(np.finfo(np.float32).max)
 
-SHRINKS: tuple[float, ...] = tuple(np.linspace(1.0, 0.3, 71).tolist())
-"""What `mse` tries to cut a weight's range to."""
+SHRINKS: tuple[float, ...] = tuple(np.linspace(1.0, 0.3, 15).tolist())
+"""What `mse` tries to cut a weight's range to; then it tries less, by hundredths, on both sides of the best."""
+FINER: tuple[float, ...] = (-0.04, -0.03, -0.02, -0.01, 0.01, 0.02, 0.03, 0.04)
 
 _ROWS = 1 << 22
 
@@ -188,8 +192,7 @@ def weight_code(
         SpecError: impossible options.
     """
     values = np.asarray(values, np.float32)
-    if not np.isfinite(values).all():
-        raise DataError("weights that are NaN or infinite have no code")
+    _check_finite(values)
     if block and axis is None:
         raise SpecError("blocks lie along an axis", hint="give one")
     axis = None if axis is None else axis % values.ndim
@@ -239,13 +242,189 @@ def _least_error(
     rows = max(1, _ROWS // max(groups.shape[1], 1))
     for start in range(0, len(groups), rows):
         part = slice(start, start + rows)
-        least = np.full(len(groups[part]), np.inf)
-        for shrink in SHRINKS:
-            scale, zero = _scale(low[part] * shrink, high[part] * shrink, symmetric, limits)
-            codes = np.clip(np.rint(groups[part] / scale[:, None]) + zero[:, None], *limits)
-            error = np.square((codes - zero[:, None]) * scale[:, None] - groups[part]).sum(axis=1, dtype=np.float64)
-            better = error < least
-            least[better] = error[better]
-            best_scale[part][better] = scale[better]
-            best_zero[part][better] = zero[better]
+        shrinks, least = np.ones(len(groups[part])), np.full(len(groups[part]), np.inf)
+        for tried in (SHRINKS, FINER):
+            coarse = shrinks.copy()
+            for number in tried:
+                shrink = np.full_like(coarse, number) if tried is SHRINKS else np.minimum(coarse + number, 1.0)
+                scale, zero = _scale(low[part] * shrink, high[part] * shrink, symmetric, limits)
+                error = _row_errors(groups[part], scale[:, None], zero[:, None], limits)
+                better = error < least
+                for held, found in (
+                    (shrinks, shrink),
+                    (least, error),
+                    (best_scale[part], scale),
+                    (best_zero[part], zero),
+                ):
+                    held[better] = found[better]
     return best_scale, best_zero
+
+
+def _row_errors(rows: Array, scale: Array, zero: Array, limits: tuple[int, int]) -> Array:
+    """Return the sum of squared errors of each row (float64)."""
+    codes = rows / scale
+    np.rint(codes, out=codes)
+    smallest, largest = ((limit - zero).astype(np.float32) for limit in limits)
+    np.clip(codes, smallest, largest, out=codes)
+    codes *= scale
+    codes -= rows
+    return np.asarray(np.einsum("ij,ij->i", codes, codes, dtype=np.float64, casting="same_kind"))
+
+
+# --- codes that are not linear
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The code of the nearest of a few levels, times a scale.
+
+    Attributes:
+        levels: float32, rising, at most 65,536.
+        scale: float32; a scalar, one per channel, or one per block, as in `Affine`.
+        axis: of the channels, or the one that blocks lie along; None for one scale.
+        block: values per block along `axis`; 0 for none.
+    """
+
+    levels: Floats
+    scale: Floats
+    axis: int | None = None
+    block: int = 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The storage type: of the least unsigned integers that can number the levels."""
+        return storage(max(2, (len(self.levels) - 1).bit_length()), signed=False)
+
+    def quantize(self, values: Array) -> Array:
+        """Return the number of the level nearest to each float value; of two as near, the lower one."""
+        values = np.asarray(values, np.float32)
+        borders = (self.levels[1:].astype(np.float64) + self.levels[:-1]) / 2
+        scaled = values / spread(self.scale, values.shape, self.axis, self.block)
+        return np.searchsorted(borders, scaled).astype(self.dtype)
+
+    def dequantize(self, codes: Array) -> Floats:
+        """Return float32 values."""
+        found = self.levels[codes.astype(np.int64)]
+        return np.asarray(found * spread(self.scale, codes.shape, self.axis, self.block), np.float32)
+
+    def approximate(self, values: Array) -> Floats:
+        """Return the values that come back from their codes."""
+        return self.dequantize(self.quantize(values))
+
+
+def normal_float_levels(bits: int = 4) -> Floats:
+    """Return the levels of NormalFloat (Dettmers et al. 2023, QLoRA): quantiles of a normal distribution in [-1, 1].
+
+    Zero is one of them; of the others half are positive and one less is negative.
+    """
+    half = 1 << (bits - 1)
+    ends = 1.0 - (1.0 / (4 * half) + 1.0 / (4 * half - 2)) / 2  # the mean of both sides' outermost quantiles
+    positive = ndtri(np.linspace(ends, 0.5, half + 1)[:-1])
+    negative = -ndtri(np.linspace(ends, 0.5, half)[:-1])
+    levels = np.sort(np.concatenate([positive, [0.0], negative]))
+    return np.asarray(levels / levels[-1], np.float32)
+
+
+def power_of_two_levels(bits: int) -> Floats:
+    """Return 0 and the positive and negative powers of two from 1 down that `bits` bits can number."""
+    powers = 2.0 ** -np.arange(max((1 << (bits - 1)) - 1, 1), dtype=np.float64)
+    return np.asarray(np.sort(np.concatenate([-powers, [0.0], powers])), np.float32)
+
+
+def normal_float_code(values: Array, axis: int | None, bits: int = 4, block: int = 64) -> Codebook:
+    """Return the NormalFloat code of weights: the largest magnitude of each block (or channel) is its scale.
+
+    Raises:
+        DataError: NaN or infinite weights.
+    """
+    return _scaled_codebook(values, normal_float_levels(bits), axis, block, lambda peak: peak)
+
+
+def power_of_two_code(values: Array, axis: int | None, bits: int = 4, block: int = 0) -> Codebook:
+    """Return the code of weights as signed powers of two: multiplying is shifting.
+
+    The largest power is 2^floor(log2(4/3 peak)), the one nearest to the peak (Zhou et al. 2017, INQ).
+
+    Raises:
+        DataError: NaN or infinite weights.
+    """
+    return _scaled_codebook(
+        values, power_of_two_levels(bits), axis, block, lambda peak: 2.0 ** np.floor(np.log2(peak * 4 / 3))
+    )
+
+
+def codebook_code(
+    values: Array, axis: int | None = None, bits: int = 4, block: int = 0, weights: Array | None = None
+) -> Codebook:
+    """Return the code of levels that fit the values themselves: one-dimensional k-means (Lloyd 1982).
+
+    Args:
+        values: float weights.
+        axis: channels (or, with `block`, blocks along it) are first divided by their largest magnitude; None does not.
+        bits: 2^bits levels.
+        block: values per block.
+        weights: how much the squared error of each value counts, in the shape of `values`; None for all alike.
+
+    Raises:
+        DataError: NaN or infinite weights.
+    """
+    plain = Codebook(np.zeros(1, np.float32), np.ones((), np.float32))
+    scaling = plain if axis is None else _scaled_codebook(values, plain.levels, axis, block, lambda peak: peak)
+    scaled = np.asarray(values, np.float32) / spread(scaling.scale, values.shape, scaling.axis, block)
+    _check_finite(scaled)
+    importance = None
+    if weights is not None or axis is not None:  # errors count in the unscaled values
+        importance = np.square(spread(scaling.scale, values.shape, scaling.axis, block).astype(np.float64))
+        importance = np.broadcast_to(importance * (1.0 if weights is None else weights), values.shape).reshape(-1)
+    return replace(scaling, levels=lloyd(scaled.reshape(-1), 1 << bits, importance))
+
+
+def lloyd(values: Array, count: int, weights: Array | None = None, rounds: int = 100) -> Floats:
+    """Return at most `count` levels, rising, that leave little squared error: k-means on a line.
+
+    On sorted values a cluster is a piece, and its mean a difference of running sums: a round costs a few look-ups,
+    where general k-means libraries compare each value with each level.  It starts from equal shares of the cube root of
+    the density, which is where the best levels lie as they get many (Panter and Dite 1951).
+    """
+    order = np.argsort(values, kind="stable")
+    x = values[order].astype(np.float64)
+    w = np.ones(len(x)) if weights is None else weights[order].astype(np.float64)
+    distinct = np.unique(x)
+    if len(distinct) <= count:
+        return np.asarray(distinct if len(distinct) else [0.0], np.float32)
+    mass = np.concatenate([[0.0], np.cumsum(w)])
+    moment = np.concatenate([[0.0], np.cumsum(w * x)])
+    levels = _companded(x, w, count)
+    for _ in range(rounds):
+        cuts = np.concatenate([[0], np.searchsorted(x, (levels[1:] + levels[:-1]) / 2), [len(x)]])
+        inside = np.diff(mass[cuts])
+        means = np.divide(np.diff(moment[cuts]), inside, out=levels.copy(), where=inside > 0)
+        if np.array_equal(means, levels):
+            break
+        levels = means
+    return np.asarray(np.unique(levels), np.float32)
+
+
+def _companded(x: Array, w: Array, count: int) -> Array:
+    """Return levels at equal shares of the cube root of the density of sorted values."""
+    density, edges = np.histogram(x, bins=8 * count, weights=w)
+    shares = np.concatenate([[0.0], np.cumsum(np.cbrt(np.maximum(density, 0.0)))])
+    return np.asarray(np.interp((np.arange(count) + 0.5) / count * shares[-1], shares, edges))
+
+
+def _scaled_codebook(
+    values: Array, levels: Floats, axis: int | None, block: int, scale: Callable[[Array], Array]
+) -> Codebook:
+    values = np.asarray(values, np.float32)
+    _check_finite(values)
+    if block and axis is None:
+        raise SpecError("blocks lie along an axis", hint="give one")
+    axis = None if axis is None else axis % values.ndim
+    groups, shape = grouped(values, axis, block)
+    peaks = normal(np.abs(groups).max(axis=1, initial=0))
+    return Codebook(levels, normal(scale(peaks.astype(np.float64))).reshape(shape), axis, block)
+
+
+def _check_finite(values: Array) -> None:
+    if not np.isfinite(values).all():
+        raise DataError("weights that are NaN or infinite have no code")

@@ -7,13 +7,13 @@ is a sum of small tables,
     latency(S) = constant + sum over places of table[precisions of the layers there]
 
 one place per layer and one per group of up to three layers that meet (`kernel_places.py`).  All tables are filled
-from about ten models at once: layers that meet get different colours, each colour is a column of an orthogonal array
-of strength two or three, and each row of it says which layers are int8 in one model.  Every two neighbours (three,
-where the colours suffice) are then seen in all their combinations, so every table is filled from measurements, those
-of single layers from half of all models each.  Source: Hedayat, Sloane, Stufken, Orthogonal Arrays (1999), chapter 7.
+from 16 models at once (8, where four colours do): layers that meet get different colours, each colour is a column of an
+orthogonal array of strength three, and each row of it says which layers are int8 in one model.  Every three layers
+that meet are then seen in all their combinations, twice: so every table is filled from measurements, and that of
+a single layer from half of all models each.  Source: Hedayat, Sloane, Stufken, Orthogonal Arrays (1999), chapter 7.
 
-Kernel times are read off ORT's profiles of interleaved runs, a low quantile of each, since other work on the machine
-only ever adds; then they are scaled to what whole runs take without profiling (processor time where one thread works).
+Kernel times are read off ORT's profiles of interleaved runs, the fastest of each, since other work on the machine only
+ever adds.  Whole runs without profiling (by processor time where one thread works) then correct the tables.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -52,12 +52,18 @@ BUDGET = 30.0
 ROUNDS = 3
 """Times that each model is loaded anew and run: what else the machine does comes in bursts."""
 
-QUANTILE = 0.25
-"""Of the runs of one kernel: low, since other work only adds."""
+FASTEST = 0.1
+"""Part of the runs that counts: other work on the machine only adds.  Their mean: ORT's clock has steps of 1 µs."""
 
 MAX_FEEDS = 4
 
-_LEAST_RUNS, _MOST_RUNS = 4, 60
+_LEAST_RUNS, _MOST_RUNS = 4, 300
+
+_DISTRUST = 0.2
+"""Standard deviation of a table's entries around what the profiles say, as a part of them."""
+
+_NOISE = 0.01
+"""Standard deviation of the time of a whole run, as a part of it."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,15 @@ class LatencyModel:
             )  # fmt: skip
         return rows
 
+    def _sums(self) -> Array:
+        return np.array([self.predict(m.int8) for m in self.measured])
+
+    def refined(self, int8: Iterable[str], ratio: float) -> LatencyModel:
+        """Return the model that also knows of one more measured choice: `ratio` is its time over that of all float."""
+        chosen = frozenset(int8)
+        extra = Measured(chosen, ratio * self.predict(()), 0)
+        return corrected(replace(self, measured=(*self.measured, extra)))
+
     def _borders(self, chosen: frozenset[str]) -> dict[str, float]:
         """Return what each layer's borders cost above the cheaper of all float and all int8, in equal shares."""
         found: dict[str, float] = defaultdict(float)
@@ -207,7 +222,7 @@ def measure(
     budget: float = BUDGET,
     progress: Callable[[str], None] | None = None,
 ) -> LatencyModel:
-    """Return what each layer and each border costs in float and in int8, measured on about ten models.
+    """Return what each layer and each border costs in float and in int8, measured on 8 or 16 models.
 
     Args:
         float_model: the model in the form that `make` starts from; its node labels name the layers.
@@ -246,7 +261,7 @@ def designs(layers: Sequence[str], groups: Iterable[Sequence[str]]) -> list[froz
 
     Args:
         layers: labels, in the order of the graph.
-        groups: layers that meet; they get different columns of the array where there are enough.
+        groups: layers that meet; they get different columns of the array, eight at most.
     """
     if not layers:
         return [frozenset()]
@@ -254,32 +269,36 @@ def designs(layers: Sequence[str], groups: Iterable[Sequence[str]]) -> list[froz
     for group in groups:
         for a, b in itertools.permutations(group, 2):
             near[a].add(b)
-    columns = _columns(layers, near)
-    rows = [frozenset(layer for layer in layers if row[columns[layer]]) for row in _array()]
-    ends = [frozenset[str](), frozenset(layers)]
-    between = [row for row in dict.fromkeys(rows) if row not in ends]
-    return [ends[0], *between, ends[1]]
+    array = _array(3)
+    columns, shared = _columns(layers, near, array.shape[1])
+    if shared:
+        array = _array(4)
+        columns, _ = _columns(layers, near, array.shape[1])
+    rows = [frozenset(layer for layer in layers if row[columns[layer]]) for row in array]
+    return list(dict.fromkeys(rows))
 
 
-def _array() -> list[tuple[bool, ...]]:
-    """Return eight rows of seven two-level columns, each two of them balanced; the first four even in threes."""
-    rows = []
-    for a, b, c in itertools.product((1, -1), repeat=3):
-        signs = (a, b, c, a * b * c, a * b, a * c, b * c)
-        rows.append(tuple(sign < 0 for sign in signs))
-    return rows
+def _array(factors: int) -> npt.NDArray[np.bool_]:
+    """Return an orthogonal array of strength three: 2 ** factors rows, a column per product of an odd number of factors.
+
+    Four columns for three factors, eight for four; the first row is all False, the last all True.
+    """
+    signs = np.array(list(itertools.product((1, -1), repeat=factors)))
+    words = [w for k in range(1, factors + 1, 2) for w in itertools.combinations(range(factors), k)]
+    return np.stack([signs[:, word].prod(axis=1) < 0 for word in words], axis=1)
 
 
-def _columns(layers: Sequence[str], near: Mapping[str, set[str]]) -> dict[str, int]:
-    """Return a column for each layer: the first that no neighbour has, else the one that fewest have."""
+def _columns(layers: Sequence[str], near: Mapping[str, set[str]], width: int) -> tuple[dict[str, int], int]:
+    """Return a column for each layer, one that no neighbour has where there is one, and how many had to share."""
     columns: dict[str, int] = {}
-    width = len(_array()[0])
     load: Counter[int] = Counter()
+    shared = 0
     for layer in layers:
         taken = Counter(columns[other] for other in near.get(layer, ()) if other in columns)
-        columns[layer] = min(range(width), key=lambda c: (taken[c], c > 3, load[c], c))
+        columns[layer] = min(range(width), key=lambda c: (taken[c], load[c], c))
         load[columns[layer]] += 1
-    return columns
+        shared += taken[columns[layer]] > 0
+    return columns, shared
 
 
 @dataclass
@@ -295,15 +314,18 @@ class _Subject:
     optimized: onnx.ModelProto | None = None
 
     def seconds(self) -> float:
-        """Return seconds per run, the mean over feeds of a low quantile."""
-        return float(np.mean([np.quantile(row, QUANTILE) for row in self.totals]))
+        """Return seconds per run, the mean over feeds."""
+        return float(np.mean([_fast(row) for row in self.totals]))
 
     def kernel_seconds(self) -> dict[str, float]:
         """Return seconds per run of each kernel, as `seconds`."""
-        return {
-            name: sum(float(np.quantile(row, QUANTILE)) for row in rows if row) / len(rows)
-            for name, rows in self.kernels.items()
-        }
+        return {name: sum(_fast(row) for row in rows if row) / len(rows) for name, rows in self.kernels.items()}
+
+
+def _fast(samples: Sequence[float]) -> float:
+    """Return the mean of the fastest runs."""
+    ordered = np.sort(samples)
+    return float(ordered[: max(1, int(np.ceil(FASTEST * len(ordered))))].mean())
 
 
 def run_all(
@@ -373,14 +395,14 @@ def fit(places: Places, layers: tuple[str, ...], subjects: Sequence[_Subject]) -
     if any(s.matches is None for s in subjects):
         return _from_totals(layers, measured)
     spent = [_by_place(places, layers, subject) for subject in subjects]
-    scale, each, rest = _calibrated(spent, measured)
+    scale, each = _calibrated(spent, measured)
     table: dict[tuple[str, ...], list[float]] = {}
     for group in dict.fromkeys(g for by_place in spent for g in by_place):
         table[group] = [scale * s + each * n for s, n in (p.get(group, (0.0, 0)) for p in spent)]
-    constant = rest + float(np.mean(table.pop((), [0.0])))
+    constant = float(np.mean(table.pop((), [0.0])))
     cells = [_cell(group, row, [m.int8 for m in measured]) for group, row in table.items()]
     cells.sort(key=lambda cell: len(cell.layers))
-    return LatencyModel(layers, tuple(cells), constant, measured)
+    return corrected(LatencyModel(layers, tuple(cells), constant, measured))
 
 
 def _by_place(places: Places, layers: Iterable[str], subject: _Subject) -> dict[tuple[str, ...], tuple[float, int]]:
@@ -403,20 +425,16 @@ def _by_place(places: Places, layers: Iterable[str], subject: _Subject) -> dict[
 
 def _calibrated(
     spent: Sequence[Mapping[tuple[str, ...], tuple[float, int]]], measured: Sequence[Measured]
-) -> tuple[float, float, float]:
-    """Return what turns kernel times under profiling into whole runs: a factor, seconds per kernel, seconds per run."""
+) -> tuple[float, float]:
+    """Return what turns kernel times under profiling into those without: a factor, and seconds to add per kernel."""
     sums = np.array([sum(s for s, _ in by_place.values()) for by_place in spent])
     counts = np.array([sum(n for _, n in by_place.values()) for by_place in spent], float)
     totals = np.array([m.seconds for m in measured])
-    from scipy.optimize import nnls  # noqa: PLC0415  (0.3 s, for those who need it)
-
-    rows = np.stack([sums, counts, np.ones_like(sums)], axis=1)
-    weights = 1.0 / totals
-    size = (rows * weights[:, None]).max(axis=0)
-    size[size == 0.0] = 1.0
-    found, _ = nnls(rows * weights[:, None] / size, np.ones_like(totals))
-    scale, each, rest = (float(v) for v in found / size)
-    return scale, each, rest
+    rows = np.stack([sums, counts * 1e-6], axis=1) / totals[:, None]
+    # as many made-up models as there are say: no overhead; it and the factor are hard to tell apart
+    prior = np.diag([1.0, float(np.mean(rows[:, 1]))])
+    found = np.linalg.lstsq(np.vstack([rows, prior]), np.r_[np.ones_like(totals), 1.0, 0.0], rcond=None)[0]
+    return float(found[0]), float(found[1]) * 1e-6
 
 
 def _cell(group: tuple[str, ...], seconds: Sequence[float], chosen: Sequence[frozenset[str]]) -> Cell:
@@ -435,6 +453,29 @@ def _cell(group: tuple[str, ...], seconds: Sequence[float], chosen: Sequence[fro
             row = np.array([1.0, *(float(p == "int8") for p in combination)])
             table[combination] = float(np.clip(row @ effects, 0.0, means.max()))
     return Cell(group, table)
+
+
+def corrected(model: LatencyModel) -> LatencyModel:
+    """Return the model with its tables moved, as little as it takes, towards the times of whole runs.
+
+    The posterior mean where each entry is normal around its value, and each measured total around its sum.
+    """
+    keys = [(i, combination) for i, cell in enumerate(model.cells) for combination in cell.seconds]
+    column = {key: n for n, key in enumerate(keys)}
+    values = np.array([model.cells[i].seconds[combination] for i, combination in keys])
+    rows = np.zeros((len(model.measured), len(keys)))
+    for row, measured in zip(rows, model.measured, strict=True):
+        for i, cell in enumerate(model.cells):
+            row[column[i, tuple(PRECISIONS[layer in measured.int8] for layer in cell.layers)]] = 1.0
+    totals = np.array([m.seconds for m in model.measured])
+    spread = _DISTRUST * np.abs(values)
+    rows *= spread
+    weights = np.linalg.solve(rows @ rows.T + np.diag((_NOISE * totals) ** 2), totals - model._sums())
+    values = values + spread * (rows.T @ weights)
+    cells = [
+        Cell(cell.layers, {c: float(values[column[i, c]]) for c in cell.seconds}) for i, cell in enumerate(model.cells)
+    ]
+    return replace(model, cells=tuple(cells))
 
 
 def _from_totals(layers: tuple[str, ...], measured: tuple[Measured, ...]) -> LatencyModel:

@@ -139,7 +139,7 @@ def activation_code(low: float, high: float, dtype: npt.DTypeLike = np.uint8, sy
     """
     if not low <= high:
         raise DataError(f"no range: from {low} to {high}")
-    low, high = max(min(low, 0.0), -LARGEST), min(max(high, 0.0), LARGEST)
+    low, high = max(min(low, 0.0), -LARGEST / 2), min(max(high, 0.0), LARGEST / 2)  # no code's value overflows
     smallest, largest = code_range(dtype)
     if symmetric:
         middle = (smallest + largest + 1) // 2

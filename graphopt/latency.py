@@ -279,9 +279,9 @@ def designs(layers: Sequence[str], groups: Iterable[Sequence[str]]) -> list[froz
 
 
 def _array(factors: int) -> npt.NDArray[np.bool_]:
-    """Return an orthogonal array of strength three: 2 ** factors rows, a column per product of an odd number of factors.
+    """Return an orthogonal array of strength three: each column is a product of an odd number of factors.
 
-    Four columns for three factors, eight for four; the first row is all False, the last all True.
+    2 ** factors rows; four columns for three factors, eight for four; the first row is all False, the last all True.
     """
     signs = np.array(list(itertools.product((1, -1), repeat=factors)))
     words = [w for k in range(1, factors + 1, 2) for w in itertools.combinations(range(factors), k)]

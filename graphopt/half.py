@@ -102,6 +102,19 @@ RISKS: Mapping[str, Risk] = {
 }
 """Operators that have float16 by their schema, and yet may fail in it."""
 
+BITS = frozenset({"BitCast"})
+"""Operators that read the bits of their input: the width is the meaning."""
+
+RAW_OUTPUT: Mapping[str, tuple[int, str]] = {
+    "Attention": (3, "its raw products hold what masks leave out, as large as the type has it"),
+}
+"""Operator -> an optional output whose values depend on the type."""
+
+REDUCING: Mapping[str, str] = dict.fromkeys(
+    ("ScatterElements", "ScatterND"), "elements with one place are added up, for which there is no float16 kernel"
+)
+"""Operators that stay float32 where their attribute `reduction` is not `none` (ORT's CPU kernels refuse to run)."""
+
 SETTLES = frozenset(
     {
         "Div", "Reciprocal", "Sqrt", "Log", "Sigmoid", "HardSigmoid", "Tanh", "Erf", "Softmax", "LogSoftmax",

@@ -10,6 +10,7 @@ around it would cost more than it saves.  Which nodes convert is a minimum cut (
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, label
 from graphopt.half import CASTS_ON_CPU
 from graphopt.registry import register
+from graphopt.tensors import is_float
 
 from .half_assignment import chosen, components
 from .half_islands import MARK, Islands, Request, islands
@@ -62,6 +64,8 @@ class ConvertFp16(Pass):
             for change in self._graph(inner, ctx, constants):
                 changes += not change.blocked
                 yield change
+        if not changes and (reason := _already(ctx)):
+            yield Change(str(graph.name), "float16", reason)
         constants.drop_unused()
         if changes and ctx.target.provider == "cpu":
             ctx.notes.append(CASTS_ON_CPU)
@@ -88,6 +92,15 @@ def _refused(graph: gs.Graph, ctx: Context) -> str | None:
     if int(graph.opset or ctx.model.opset) < _CAST_OPSET:
         return f"opset {graph.opset}: upgrade first"
     return None
+
+
+def _already(ctx: Context) -> str | None:
+    """Return why there is nothing to do in a model that has no float32 weights."""
+    kinds = Counter(str(c.dtype) for c in ctx.model.constants() if is_float(c.dtype))
+    narrow = {kind: count for kind, count in kinds.items() if kind in ("float16", "bfloat16")}
+    if not narrow or kinds["float32"] > sum(narrow.values()):
+        return None
+    return f"its weights are {' and '.join(narrow)} already: what is float32 stays so"
 
 
 def _near_misses(found: Survey, kept: Islands, half: set[int]) -> Iterator[Change]:

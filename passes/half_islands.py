@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import Unknown, is_constant, parameter, scalar_of
 from graphopt.edit import label
+from graphopt.errors import DataError
 from graphopt.half import (
     EXACT_INTEGERS,
     FEW_DIGITS,
@@ -22,6 +23,8 @@ from graphopt.half import (
     MASKED,
     MASKING,
     NARROW_INTEGERS,
+    RAW_OUTPUT,
+    REDUCING,
     RISKS,
     SETTLES,
     SHRINKS,
@@ -118,6 +121,11 @@ def _fixed(found: Survey, node: gs.Node) -> str | None:
     missing = provider in KERNELS and found.opset < KERNELS[provider].get(node.op, 1 << 30)
     if missing and not is_function(node.op, found.opset):
         return f"provider '{provider}' has no float16 {node.op}"
+    if node.op in REDUCING and node.attrs.get("reduction", "none") != "none":
+        return REDUCING[node.op]
+    raw, why = RAW_OUTPUT.get(node.op, (len(node.outputs), ""))
+    if raw < len(node.outputs) and node.outputs[raw].name:
+        return why
     trains = node.attrs.get("training_mode") or (found.opset < 14 and len(node.outputs) > 1)
     if is_standard(node, "BatchNormalization") and trains:
         return "it is in training mode"
@@ -340,7 +348,8 @@ class Ranges:
 
 def _ranges(found: Survey, result: Islands, request: Request) -> Ranges | None:
     """Measure the tensors in question; None without samples, or inside subgraphs, whose tensors are not measured."""
-    if found.ctx.samples is None or found.edit.graph is not found.ctx.model.graph:
+    samples = found.ctx.samples
+    if samples is None or samples.random or found.edit.graph is not found.ctx.model.graph:
         return None
     open_nodes = [node for key, node in found.nodes.items() if key not in result.kept]
     tensors = [t for node in open_nodes for t in (*found.inputs(node), *found.outputs(node))]
@@ -348,8 +357,17 @@ def _ranges(found: Survey, result: Islands, request: Request) -> Ranges | None:
     if not names:
         return None
     calibration = found.ctx.calibration(dict.fromkeys(names))
-    measured = frozenset(n for n in calibration.names if n in set(names) and calibration.problems(n) is None)
+    measured = frozenset(name for name in names if _has_values(calibration, name))
     return Ranges(calibration, measured, LARGEST / request.headroom)
+
+
+def _has_values(calibration: Calibration, name: str) -> bool:
+    """Tell whether a tensor had any finite value on the samples (infinite ones float16 has, too)."""
+    try:
+        calibration.range(name)
+    except DataError:
+        return False
+    return True
 
 
 def _measure(found: Survey, result: Islands, ranges: Ranges) -> None:

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import refers
 from graphopt.edit import subgraphs
+from graphopt.half import BITS
 from graphopt.ops import DEQUANTIZE, QUANTIZE, is_standard
 
 _HALF = "tensor(float16)"
@@ -97,6 +98,8 @@ def _closed(node: gs.Node, opset: int) -> str | None:
         return "an attribute of the function around it decides"
     if is_standard(node, *QUANTIZE, *DEQUANTIZE):
         return "scales of quantized values stay float32"
+    if node.op in BITS:
+        return "it reads the bits of its input"
     return None if _schema(node.op, opset) is not None else f"ONNX has no {node.op} in opset {opset}"
 
 

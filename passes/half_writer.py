@@ -90,9 +90,10 @@ class Writer:
                 self._fill(node)
         for tensor in made:
             self._make(tensor, half)
-        for node in nodes:
-            if is_standard(node, "Cast"):
-                self._drop_idle(node)
+        casts = [n for n in nodes if is_standard(n, "Cast")]
+        casts += [n for t in made if t.dtype == HALF for n in self.edit.consumers(t) if _narrows(n)]
+        for cast in casts:
+            self._drop_idle(cast)
 
     def _narrowed(self, tensor: gs.Tensor, half: set[int]) -> gs.Tensor:
         """Return a float32 tensor in float16."""
@@ -170,5 +171,10 @@ class Writer:
     def _drop_idle(self, cast: gs.Node) -> None:
         """Take out a Cast that now makes float16 of float16."""
         source = cast.inputs[0]
-        if self.found.ctx.shapes.of(source).dtype == HALF and self.edit.bypass(cast.outputs[0], source):
+        is_half = HALF in (source.dtype, self.found.ctx.shapes.of(source).dtype)
+        if is_half and self.edit.bypass(cast.outputs[0], source):
             self.edit.remove(cast)
+
+
+def _narrows(node: gs.Node) -> bool:
+    return is_standard(node, "Cast") and node.attrs.get("to") == TensorProto.FLOAT16

@@ -50,3 +50,17 @@ def shapes(given: list[str] | None) -> dict[str, tuple[int, ...]] | None:
         if not name or any(d < 0 for d in found.get(name, ())):
             raise SpecError(f"--shape {item!r} is not understood", hint="--shape NAME=1,3,224,224")
     return found
+
+
+def thread_counts(given: list[str] | None) -> list[int] | None:
+    """Return `--threads 1,2 --threads 4` as numbers.
+
+    Raises:
+        SpecError: not numbers.
+    """
+    if not given:
+        return None
+    try:
+        return [int(count) for item in given for count in item.split(",")]
+    except ValueError as error:
+        raise SpecError(f"--threads {','.join(given)} is not understood", hint="--threads 1,4") from error

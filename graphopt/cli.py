@@ -12,9 +12,10 @@ from rich.text import Text
 from graphopt import registry, report, tables
 from graphopt.arguments import load_plugins as _load_plugins
 from graphopt.arguments import shapes as _shapes
-from graphopt.arguments import unnamed_line, unnamed_passes
+from graphopt.arguments import thread_counts, unnamed_line, unnamed_passes
 from graphopt.base import Pass
 from graphopt.cli_explain import explain
+from graphopt.cli_quantize import quantize
 from graphopt.console import emit, out, print_diff, working
 from graphopt.console import run as run_app
 from graphopt.errors import GraphoptError, SpecError
@@ -123,7 +124,7 @@ def optimize(
         result = run_optimize(
             load(model, custom_ops=custom_ops or ()), pipeline=chosen, data=data,
             measure=measure, verify=verify, stage=stage, contrib=contrib, elsewhere=elsewhere, budget=budget,
-            opset=opset or None, seed=seed, threads=_thread_counts(threads), provider=provider, shapes=_settings(shape),
+            opset=opset or None, seed=seed, threads=thread_counts(threads), provider=provider, shapes=_settings(shape),
             batch=batch, decisions=decisions, settings=settings, on_failure=on_failure, progress=progress,
         )  # fmt: skip
     if write_decisions is not None:
@@ -310,6 +311,7 @@ def inspect(
 
 
 app.command()(explain)
+app.command()(quantize)
 
 
 @app.command()
@@ -440,20 +442,6 @@ def _reproducers(folder: Path | None, output: Path | None) -> Path | None:
     if folder is not None or output is None:
         return folder
     return output.with_name(output.name + ".reproducers")
-
-
-def _thread_counts(given: list[str] | None) -> list[int] | None:
-    """Return `--threads 1,2 --threads 4` as numbers.
-
-    Raises:
-        SpecError: not numbers.
-    """
-    if not given:
-        return None
-    try:
-        return [int(count) for item in given for count in item.split(",")]
-    except ValueError as error:
-        raise SpecError(f"--threads {','.join(given)} is not understood", hint="--threads 1,4") from error
 
 
 def _settings(given: list[str] | None) -> list[dict[str, tuple[int, ...]]] | None:

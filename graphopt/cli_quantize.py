@@ -1,0 +1,125 @@
+"""The command `graphopt quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from graphopt.arguments import load_plugins, shapes, thread_counts
+from graphopt.console import emit, working
+from graphopt.errors import SpecError
+from graphopt.options import (
+    AsJson,
+    Batch,
+    Contrib,
+    CustomOps,
+    DecisionsFile,
+    ModelPath,
+    Output,
+    Plugins,
+    Provider,
+    Seed,
+    Shape,
+    ThreadCounts,
+    WriteDecisions,
+)
+
+Samples = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SAMPLES",
+        help="representative samples: .npz, folder of .npz, test_data_set folder, or file.py:function; half of them "
+        "calibrate, the others judge",
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--eval", metavar="FILE.py:FUNCTION",
+        help="task metric that the result must keep: gets predict(feeds) -> outputs, returns a number or one per item",
+    ),
+]  # fmt: skip
+MaxDrop = Annotated[
+    str | None, typer.Option(metavar="X|X%", help="largest drop of the metric [default: 1%]", show_default=False)
+]
+MinSqnr = Annotated[float | None, typer.Option(metavar="DB", help="least signal-to-noise ratio of every float output")]
+MinCosine = Annotated[float | None, typer.Option(help="least mean cosine of every output with the float model's")]
+MinAgreement = Annotated[
+    float | None, typer.Option(help="least part of decisions (largest score, mask above 0.5) that stay as they were")
+]
+Isa = Annotated[
+    Literal["vnni", "avx512", "avx2"],
+    typer.Option(help="what the machine that runs the result has: without VNNI, 8-bit products may saturate"),
+]
+Seconds = Annotated[float, typer.Option("--budget", min=1, metavar="SECONDS", help="time that timing may take, about")]
+
+
+def quantize(
+    model: ModelPath,
+    output: Output = None,
+    data: Samples = None,
+    evaluate: Metric = None,
+    max_drop: MaxDrop = None,
+    min_sqnr: MinSqnr = None,
+    min_cosine: MinCosine = None,
+    min_agreement: MinAgreement = None,
+    precision: Annotated[Literal["int8", "fp16"], typer.Option(help="of arithmetic, where it pays")] = "int8",
+    weight_only: Annotated[
+        Literal["int8", "int4", "nf4", "codebook"] | None,
+        typer.Option(help="store weights in this form, compute in float; needs no samples"),
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option(min=0, help="weights that share a scale, with --weight-only; 0: one per channel")
+    ] = None,
+    objective: Annotated[
+        Literal["latency", "size"], typer.Option(help="fastest, or smallest file (which may be slower)")
+    ] = "latency",
+    isa: Isa = "vnni",
+    provider: Provider = "cpu",
+    threads: ThreadCounts = None,
+    contrib: Contrib = False,
+    budget: Seconds = 60.0,
+    decisions: DecisionsFile = None,
+    write_decisions: WriteDecisions = None,
+    shape: Shape = None,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    custom_ops: CustomOps = None,
+    plugin: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize what gets faster by it and keeps the accuracy; else return the lossless model, and say why."""
+    from graphopt import destinations  # noqa: PLC0415  (heavy imports only when needed)
+    from graphopt.decisions import save_decisions  # noqa: PLC0415
+    from graphopt.model import load  # noqa: PLC0415
+    from graphopt.quality import Bound  # noqa: PLC0415
+    from graphopt.quantization_report import render  # noqa: PLC0415
+    from graphopt.quantizer import quantize as run_quantize  # noqa: PLC0415
+
+    files: dict[str, Path | str | None] = {
+        "MODEL": model, "--data": data, "--decisions": decisions, "--output": output,
+        "--write-decisions": write_decisions,
+    }  # fmt: skip
+    destinations.check(files, output, write_decisions)
+    load_plugins(plugin)
+    if max_drop is not None and evaluate is None:
+        raise SpecError("--max-drop needs a metric", hint="--eval FILE.py:FUNCTION")
+    bound = Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop)
+    with working(f"quantizing {model.name}", as_json) as progress:
+        result = run_quantize(
+            load(model, custom_ops=custom_ops or ()), data=data, bound=bound, precision=precision,
+            weight_only=weight_only, block=block, objective=objective, isa=isa, provider=provider,
+            threads=thread_counts(threads) or 1, contrib=contrib, shapes=shapes(shape), batch=batch, budget=budget,
+            seed=seed, decisions=decisions, progress=progress,
+        )  # fmt: skip
+    if output is not None:
+        result.save(output)
+    if write_decisions is not None:
+        save_decisions(write_decisions, result.report.decisions or {})
+    document = {**result.report.to_dict(), "output": str(output) if output else None}
+    written = [f"wrote {output}" if output else "nothing written: give -o OUT"]
+    written += [f"wrote {write_decisions}"] if write_decisions else []
+    emit(document, as_json, render(result.report), *map(Text, written))

@@ -1,0 +1,223 @@
+"""Which layers run on integers: measured costs, measured harm, and the fastest choice that keeps the bound.
+
+The choice is found by integer programming over a latency model, with a bound on the summed noise; then it is built,
+compiled, and judged.  Noise adds up only about, so the bound on it is found by trying: looser where accuracy is left,
+tighter where it is missed.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from graphopt import latency, spec
+from graphopt.analysis.placement import Layer, place
+from graphopt.analysis.placement import layers as find_layers
+from graphopt.analysis.shapes import Shapes
+from graphopt.calibrate import Calibration, calibrate
+from graphopt.compiled import inspect_layers
+from graphopt.judge import Progress
+from graphopt.latency import LatencyModel, LayerCost
+from graphopt.model import Model
+from graphopt.pipeline import Pipeline, Settings
+from graphopt.quality import Quality
+from graphopt.quantization_report import LayerRow, Tried
+from graphopt.samples import Samples
+from graphopt.search import Assignment, assign
+from graphopt.sensitivity import measure as measure_noise
+
+ATTEMPTS = 8
+"""Choices that are built and judged at most."""
+
+CLOSER = 1.15
+"""Bounds on the noise nearer to each other than this are taken as one."""
+
+Judge = Callable[[Model], Quality]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a choice of layers becomes a model.
+
+    Attributes:
+        form: what reports call it.
+        quantize: the pass that takes the layers as its option `only`.
+        ops: operators of the layers that it may choose among.
+        options: of that pass, but for `only`.
+        prepare: passes before it, run once: they do not depend on the choice.
+        refine: passes behind it that raise accuracy, of what is judged and returned only.
+        ranges: whether it needs ranges of activations.
+    """
+
+    form: str
+    quantize: str
+    ops: frozenset[str]
+    options: Mapping[str, object] = field(default_factory=dict)
+    prepare: tuple[spec.Step, ...] = ()
+    refine: tuple[spec.Step, ...] = ()
+    ranges: bool = True
+
+
+@dataclass
+class Found:
+    """The best choice found: its layers in order, and the passes that make it from the canonical model."""
+
+    model: Model
+    chosen: tuple[str, ...]
+    steps: tuple[spec.Step, ...]
+    quality: Quality
+    predicted: float
+
+
+class LayerChoice:
+    """Chooses among the layers of a canonical model.
+
+    Args:
+        canonical: the model before codes.
+        samples: for ranges, noise and times.
+        recipe: how a choice becomes a model.
+        lowering: passes behind all others.
+        settings: how pipelines run; with the target and the seed.
+        judge: returns how good a model is.
+        budget: seconds of timing.
+        progress: takes short sentences.
+    """
+
+    def __init__(
+        self, canonical: Model, samples: Samples, recipe: Recipe, lowering: tuple[spec.Step, ...], settings: Settings,
+        judge: Judge, *, budget: float, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.samples, self.recipe, self.lowering, self.settings = samples, recipe, lowering, settings
+        self.judge, self.budget, self.progress = judge, budget, progress
+        self.rows: list[LayerRow] = []
+        self.tried: list[Tried] = []
+        self.canonical = canonical
+        if recipe.prepare:
+            self.canonical = Pipeline(recipe.prepare).run(canonical, samples=samples, settings=settings).model
+        self._shapes = Shapes(self.canonical)
+        found = find_layers(self.canonical.graph, self._shapes, settings.target.provider)
+        self.order = [layer.label for layer in found]
+        self._nodes = {layer.label: layer.node for layer in found}
+        self.refused = {layer.label: self._why_not(layer) for layer in found if self._why_not(layer)}
+        self._known: Calibration | None = None
+
+    def _why_not(self, layer: Layer) -> str:
+        if layer.why_not:
+            return layer.why_not
+        return "" if layer.node.op in self.recipe.ops else f"no {self.recipe.form} for {layer.node.op}"
+
+    @property
+    def able(self) -> list[str]:
+        """Layers that may run on integers, in the graph's order."""
+        return [name for name in self.order if name not in self.refused]
+
+    @property
+    def known(self) -> Calibration | None:
+        """Statistics of all tensors that any choice gives a code."""
+        if self._known is None and self.recipe.ranges:
+            self.progress("measuring ranges")
+            nodes = [self._nodes[name] for name in self.able]
+            target = self.settings.target
+            placement = place(self.canonical.graph, nodes, self._shapes, target.provider, self.canonical.opset)
+            names = {c.tensor.name for c in placement.coded.values()}
+            names |= {t.name for node in nodes for t in (node.inputs[0], node.outputs[0])}
+            self._known = calibrate(self.canonical, self.samples, sorted(names), seed=self.settings.seed)
+        return self._known
+
+    def make(self, chosen: frozenset[str]) -> Model:
+        """Return the model with these layers in int8, in the form that will run, without what only raises accuracy."""
+        return self._built(self.steps(chosen, refined=False))
+
+    def steps(self, chosen: frozenset[str], *, refined: bool) -> tuple[spec.Step, ...]:
+        """Return the passes that make it from the prepared model."""
+        named = tuple(glob.escape(name) for name in self.order if name in chosen)
+        cleanup = (spec.PassStep("eliminate-dead"), *self.lowering, spec.PassStep("eliminate-dead"))
+        if not named:
+            return cleanup
+        quantize = spec.PassStep(self.recipe.quantize, {**self.recipe.options, "only": named})
+        return (quantize, *(self.recipe.refine if refined else ()), *cleanup)
+
+    def _built(self, steps: tuple[spec.Step, ...]) -> Model:
+        settings = replace(self.settings, known=self.known)
+        return Pipeline(steps).run(self.canonical, samples=self.samples, settings=settings).model
+
+    def compiled(self, chosen: frozenset[str]) -> frozenset[str]:
+        """Return the layers that ORT really runs on integers; those that it does not are refused from here on."""
+        for _ in range(len(chosen) + 1):
+            found = inspect_layers(self.make(chosen), chosen, self.settings.target.provider)
+            left = {name: why for name, why in found.left_float.items() if name in chosen}
+            if not found.readable or not left:
+                return chosen
+            self.refused.update({name: f"ORT runs it in float: {why}" for name, why in left.items()})
+            chosen -= set(left)
+        return chosen
+
+    def best(self) -> Found | None:
+        """Return the fastest choice that keeps the bound, None where there is none."""
+        everything = self.compiled(frozenset(self.able))
+        if not everything:
+            return None
+        names = [name for name in self.order if name in everything]
+        self.progress("timing layers")
+        costs = latency.measure(
+            self.canonical, self.make, names, self.samples, provider=self.settings.target.provider,
+            threads=self.settings.target.threads, budget=self.budget, progress=self.progress,
+        )  # fmt: skip
+        self.progress("measuring what each layer harms")
+        noise = measure_noise(self.canonical, self.make, names, self.samples)
+        found, last = self._search(costs, noise)
+        self.rows = self._explained(costs, noise, last)
+        return found
+
+    def _search(self, costs: LatencyModel, noise: Mapping[str, float]) -> tuple[Found | None, Assignment]:
+        """Return the best choice that was judged good, and the last one looked at."""
+        low, high = 0.0, math.inf  # noise that kept the bound, and that did not
+        best: Found | None = None
+        limit = math.inf
+        choice = assign(costs, noise, limit)
+        seen: set[frozenset[str]] = set()
+        for attempt in range(ATTEMPTS):
+            choice = assign(costs, noise, limit)
+            if not choice.int8:
+                break
+            if choice.int8 not in seen:
+                seen.add(choice.int8)
+                self.progress(f"trying {len(choice.int8)} layers in int8 ({attempt + 1})")
+                quality, candidate = self._tried(choice, costs)
+                if quality.ok:
+                    low = max(low, choice.noise)
+                    best = candidate if best is None or candidate.predicted < best.predicted else best
+                else:
+                    high = min(high, choice.noise)
+                if quality.ok and math.isinf(high):
+                    break
+            elif choice.noise <= low:
+                low = limit
+            else:
+                high = limit
+            limit = high / 2.0 if low == 0.0 else math.sqrt(low * high)
+            if low > 0.0 and high / low < CLOSER:
+                break
+        return best, choice
+
+    def _tried(self, choice: Assignment, costs: LatencyModel) -> tuple[Quality, Found]:
+        steps = self.steps(choice.int8, refined=True)
+        model = self._built(steps)
+        quality = self.judge(model)
+        relative = choice.seconds / costs.predict(())
+        verdict = "keeps the bound" if quality.ok else "; ".join(quality.failures)
+        self.tried.append(Tried(self.recipe.form, len(choice.int8), relative, quality, verdict=verdict))
+        chosen = tuple(name for name in self.order if name in choice.int8)
+        return quality, Found(model, chosen, (*self.recipe.prepare, *steps), quality, relative)
+
+    def _explained(self, costs: LatencyModel, noise: Mapping[str, float], choice: Assignment) -> list[LayerRow]:
+        known = {row.layer: row for row in costs.explain(choice.int8, noise)}
+        return [self._row(name, known.get(name)) for name in self.order]
+
+    def _row(self, name: str, row: LayerCost | None) -> LayerRow:
+        op = self._nodes[name].op
+        if row is None:
+            return LayerRow(name, op, "float", self.refused.get(name, ""))
+        return LayerRow(name, op, row.precision, row.why, row.float_us, row.int8_us, row.border_us, row.noise)

@@ -1,0 +1,463 @@
+"""`quantize`: the fastest (or smallest) model that keeps the accuracy asked for, or the lossless one and the reason.
+
+    lossless engine → ranges on samples → what each layer costs and harms → which layers → codes, rounding, biases
+    → what ORT made of it → accuracy on samples that chose nothing → time against the lossless model
+
+Everything that is kept was run: a layer that ORT leaves in float is taken back, a result that misses its bound is
+repaired by leaving layers in float, and one that is not faster than the lossless model is not returned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from graphopt import environment, registry, spec
+from graphopt.analysis.cost import costs
+from graphopt.analysis.placement import layers as find_layers
+from graphopt.analysis.shapes import Shapes as TensorShapes
+from graphopt.base import Target
+from graphopt.data import Spec, load_samples
+from graphopt.decisions import Decisions, Selection, checked, read_decisions
+from graphopt.errors import DataError, GateMissedError, SpecError
+from graphopt.judge import Comparison, Condition, Progress, judging
+from graphopt.layer_choice import LayerChoice, Recipe
+from graphopt.model import Model, Source, load
+from graphopt.optimizer import DEFAULT_OPSET, Shapes, default_pipeline, optimize, thread_counts
+from graphopt.pipeline import Pipeline, Result, Settings, size_of
+from graphopt.quality import Bound, Quality, QualityCheck, split
+from graphopt.quantization_report import LayerRow, QuantizationReport, Tried
+from graphopt.samples import Feeds, Samples
+from graphopt.timing import prepare
+
+Precision: TypeAlias = Literal["int8", "fp16"]
+Objective: TypeAlias = Literal["latency", "size"]
+Isa: TypeAlias = Literal["vnni", "avx512", "avx2"]
+
+BUDGET = 60.0
+"""Seconds that timing may take."""
+
+LOOKS = (2.0, 5.0, 10.0)
+"""Seconds of each look at a candidate beside the lossless model, under each condition."""
+
+LOSSLESS_SHARE = 0.35
+"""Part of the budget for the lossless model; a third of the rest goes to the last gate."""
+
+RECIPES = (
+    Recipe(
+        "static int8", "quantize-static", frozenset({"Conv", "MatMul", "Gemm"}), {"ranges": "mse"},
+        refine=spec.parse("round-weights, correct-bias"),
+    ),
+    Recipe(
+        "dynamic int8", "quantize-dynamic", frozenset({"MatMul", "Gemm"}), prepare=spec.parse("smooth-quant"),
+        ranges=False,
+    ),
+)  # fmt: skip
+"""Forms with integer arithmetic; each is tried where its layers do at least `LEAST_SHARE` of the work."""
+
+LEAST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of `quantize`, checked.
+
+    Attributes are the arguments of `quantize`.
+    """
+
+    bound: Bound
+    precision: Precision = "int8"
+    weight_only: str | None = None
+    block: int | None = None
+    objective: Objective = "latency"
+    provider: str = "cpu"
+    contrib: bool = False
+    budget: float = BUDGET
+    seed: int = 0
+    threads: tuple[int, ...] = (1,)
+    isa: Isa = "vnni"
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("precision", Precision), ("objective", Objective), ("isa", Isa)):
+            if getattr(self, name) not in get_args(kinds):
+                raise SpecError(f"{name} is one of {', '.join(get_args(kinds))}, not {getattr(self, name)!r}")
+        if self.weight_only is not None and self.weight_only not in WEIGHT_ONLY:
+            raise SpecError(
+                f"weight-only is one of {', '.join(WEIGHT_ONLY)}, not {self.weight_only!r}", at="--weight-only"
+            )
+        if self.block is not None and self.weight_only is None:
+            raise SpecError("a block is of weight-only forms", at="--block", hint="--weight-only int4 --block 32")
+        if self.weight_only is not None and self.precision != "int8":
+            raise SpecError("weight-only and another precision exclude each other", hint="leave out one of them")
+
+
+WEIGHT_ONLY: Mapping[str, str] = {
+    "int8": "quantize-weights{bits=8}",
+    "int4": "quantize-weights{bits=4}",
+    "nf4": "compress-weights{code=nf4}",
+    "codebook": "compress-weights{code=codebook}",
+}
+"""Forms that keep float arithmetic: what makes them."""
+
+
+@dataclass
+class Candidate:
+    """A model that keeps the bound, before it is timed."""
+
+    form: str
+    model: Model
+    pipeline: Pipeline
+    quality: Quality | None
+    rows: list[LayerRow]
+    tried: Tried
+
+
+def quantize(
+    model: Source,
+    *,
+    data: Spec = None,
+    bound: Bound | None = None,
+    precision: Precision = "int8",
+    weight_only: str | None = None,
+    block: int | None = None,
+    objective: Objective = "latency",
+    isa: Isa = "vnni",
+    provider: str = "cpu",
+    threads: int | Sequence[int] | None = 1,
+    contrib: bool = False,
+    shapes: Shapes | None = None,
+    batch: int = 1,
+    budget: float = BUDGET,
+    seed: int = 0,
+    decisions: Decisions | str | Path | None = None,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Return the fastest model that keeps the bound; the lossless one where none is faster.
+
+    Args:
+        model: a path, `Model` or `ModelProto`; left untouched.
+        data: representative samples as in `load_samples`; half of them calibrate and choose, the others judge.
+        bound: what it may cost; `Bound()` asks for what suits the outputs.
+        precision: `int8`, or `fp16` for providers that gain by it.
+        weight_only: `int8`, `int4`, `nf4` or `codebook`: weights only, arithmetic stays float.  Needs no samples.
+        block: weights that share a scale in weight-only forms; 0 is a scale per channel.
+        objective: `latency`, or `size`: the smallest file that keeps the bound, which may be slower.
+        isa: what the machine has that will run it: without VNNI, sums of two 8-bit products may saturate, and weights
+            that do so on the samples get 7 bits.
+        provider: where the result will run.
+        threads: ORT's intra-op threads to time with; several are all timed.
+        contrib: whether operators of ORT's own domains may be used.
+        shapes: shapes of inputs by name, for random feeds where there are no samples.
+        batch: how many rows of `.npz` samples make a feed.
+        budget: seconds that timing may take, about.
+        seed: for everything random.
+        decisions: of an earlier run (a file, or `Decisions`): do the same again, without measuring.
+        progress: takes short sentences about what is going on.
+
+    Raises:
+        GraphoptError: the model, samples or bound are not usable, or options contradict each other.
+        GateMissedError: a form that was asked for by name misses the bound; nothing is returned.
+    """
+    started = time.perf_counter()
+    request = Request(
+        bound or Bound(), precision, weight_only, block, objective, provider, contrib, budget, seed,
+        thread_counts(threads), isa,
+    )  # fmt: skip
+    original = load(model)
+    samples = None if data is None else load_samples(data, original, batch=batch, seed=seed)
+    feeds = samples if samples is not None else load_samples(None, original, seed=seed, shapes=shapes)
+    if shapes is not None and data is not None:
+        raise SpecError("shapes are for random feeds; these samples have their own", hint="leave out --shape or --data")
+    task = _Task(original, request, samples, feeds, progress or (lambda _: None))
+    result = task.replayed(decisions) if decisions is not None else task.run()
+    result.report.environment = environment.describe()
+    result.report.seconds = time.perf_counter() - started
+    return result
+
+
+@dataclass
+class Quantized:
+    """A finished run: the model, and what was done to it."""
+
+    model: Model
+    report: QuantizationReport
+
+    def save(self, path: str | Path) -> None:
+        """Write the model atomically.
+
+        Raises:
+            ModelError: it cannot be written; what was there is unchanged.
+        """
+        self.model.save(path)
+
+
+class _Task:
+    """One model, and how candidates are made, judged and timed."""
+
+    def __init__(
+        self, original: Model, request: Request, samples: Samples | None, feeds: Samples, progress: Progress
+    ) -> None:
+        self.original, self.request, self.feeds, self.progress = original, request, feeds, progress
+        self.target = Target(request.provider, request.threads[0], request.contrib)
+        self.settings = Settings(verify="off", on_failure="stop", seed=request.seed, target=self.target)
+        self.calibrating = None if samples is None else split(samples, "calibration", seed=request.seed)
+        self.judging = None if samples is None else split(samples, "judging", seed=request.seed)
+        self.tried: list[Tried] = []
+        self._check: QualityCheck | None = None
+        self.rows: list[LayerRow] = []
+
+    def run(self) -> Quantized:
+        """Return the best result."""
+        if self.request.weight_only is not None or self.request.precision == "fp16":
+            return self._named()
+        if self.request.objective == "size":
+            return self._smallest()
+        if self.calibrating is None:
+            raise DataError(
+                "int8 needs samples: ranges are measured on them", at="--data",
+                hint="give --data; --weight-only int8 and --precision fp16 need none",
+            )  # fmt: skip
+        return self._fastest()
+
+    def quality(self, model: Model) -> Quality | None:
+        """Return how good a model is, None where there is nothing to judge on."""
+        if self.judging is None:
+            return None
+        if self._check is None:
+            self._check = QualityCheck(
+                self.original, self.judging, self.request.bound, self.request.seed, provider=self.request.provider
+            )
+        return self._check.of(model)
+
+    def _prefix(self) -> tuple[spec.Step, ...]:
+        """Return the canonical stage of the lossless engine."""
+        return default_pipeline(DEFAULT_OPSET, "canonical").steps
+
+    def _fastest(self) -> Quantized:
+        request = self.request
+        self.progress("making the lossless model")
+        lossless = optimize(
+            self.original, data=self.feeds, threads=request.threads, provider=request.provider,
+            contrib=request.contrib, seed=request.seed, budget=LOSSLESS_SHARE * request.budget,
+            progress=self.progress,
+        )  # fmt: skip
+        lowering = _lowering(lossless)
+        canonical = Pipeline(self._prefix()).run(self.original, samples=self.feeds, settings=self.settings).model
+        candidates = [c for recipe in RECIPES if (c := self._chosen(canonical, recipe, lowering)) is not None]
+        best, timing = self._timed(lossless.model, candidates)
+        if best is None:
+            return self._kept(lossless, canonical, candidates, timing)
+        return self._finished(best, timing)
+
+    def _chosen(self, canonical: Model, recipe: Recipe, lowering: tuple[spec.Step, ...]) -> Candidate | None:
+        """Return the best model of one form, None where no choice of layers keeps the bound."""
+        assert self.calibrating is not None
+        if work_share(canonical, recipe, self.feeds.first()) < LEAST_SHARE:
+            return None
+        budget = (1 - LOSSLESS_SHARE) * 2 / 3 * self.request.budget / len(RECIPES)
+        choice = LayerChoice(
+            canonical, self.calibrating, recipe, lowering, self.settings, self._judged,
+            budget=budget, progress=self.progress,
+        )  # fmt: skip
+        found = choice.best()
+        self.tried += choice.tried
+        self.rows = self.rows or choice.rows
+        if found is None:
+            return None
+        tried = next(t for t in choice.tried if t.quality is found.quality)
+        pipeline = Pipeline((*self._prefix(), *found.steps))
+        return Candidate(recipe.form, found.model, pipeline, found.quality, choice.rows, tried)
+
+    def _judged(self, model: Model) -> Quality:
+        found = self.quality(model)
+        assert found is not None
+        return found
+
+    def _timed(self, lossless: Model, candidates: Sequence[Candidate]) -> tuple[Candidate | None, Comparison | None]:
+        """Return the fastest candidate that is faster than the lossless model, and what its timing was."""
+        fastest: tuple[Candidate, Comparison] | None = None
+        last: Comparison | None = None
+        if not candidates:
+            return None, None
+        conditions = Condition.all(self.request.threads, {"": prepare(self.original, self.feeds, self.request.seed)})
+        with judging(
+            conditions, provider=self.request.provider, seed=self.request.seed, progress=self.progress
+        ) as judge:
+            judge.deadline = time.monotonic() + (1 - LOSSLESS_SHARE) / 3 * self.request.budget
+            base = judge.candidate(lossless)
+            for one in candidates:
+                other = judge.candidate(one.model)
+                last = judge.compare(base, other, one.form, LOOKS, _decided, 0.95)
+                other.forget()
+                one.tried.comparison = last
+                if not _faster(last):
+                    one.tried.verdict = f"not faster than the lossless model: {_worst(last)}"
+                elif fastest is None or last.overall.median < fastest[1].overall.median:
+                    fastest = one, last
+        return (None, last) if fastest is None else fastest
+
+    def _kept(
+        self, lossless: Result, canonical: Model, candidates: Sequence[Candidate], timing: Comparison | None
+    ) -> Quantized:
+        """Return the lossless model, and why no other."""
+        rows = self.rows or unable(canonical, self.request.provider)
+        if candidates and timing is not None:
+            reason = "; ".join(f"{one.form}: {one.tried.verdict}" for one in candidates)
+        elif self.tried:
+            reason = "no choice of layers keeps the bound: " + self.tried[-1].verdict
+        elif rows:
+            reason = "no layer can run on integers: " + "; ".join(sorted({row.why for row in rows if row.why})[:3])
+        else:
+            reason = "it has no layers that could run on integers"
+        rows = [replace(row, precision="float", why=row.why or reason) for row in rows]
+        report = self._report(lossless.model, rows, decision="lossless", reason=reason, form="float")
+        report.pipeline = lossless.report.pipeline
+        report.quality = self.quality(lossless.model)
+        report.timing = timing if timing is not None and candidates else None
+        decisions = lossless.report.decisions
+        report.decisions = decisions
+        return Quantized(lossless.model, report)
+
+    def _finished(self, best: Candidate, timing: Comparison | None) -> Quantized:
+        best.tried.verdict = best.tried.verdict or "kept"
+        report = self._report(best.model, best.rows, form=best.form)
+        report.pipeline, report.quality, report.timing = str(best.pipeline), best.quality, timing
+        settings = self.settings
+        report.decisions = Decisions.of(self.original, best.pipeline, Selection(), settings, "optimized").to_dict()
+        return Quantized(best.model, report)
+
+    def _report(self, model: Model, rows: Sequence[LayerRow], **fields: Any) -> QuantizationReport:
+        described = {
+            "calibration": "" if self.calibrating is None else self.calibrating.description,
+            "judging": "" if self.judging is None else self.judging.description,
+        }
+        return QuantizationReport(
+            str(self.original.path or "<memory>"), self.request.seed, self.request.bound.to_dict(),
+            size_of(self.original), size_of(model), layers=list(rows), tried=self.tried, samples=described,
+            bytes_before=self.original.emitted_bytes(), bytes_after=model.emitted_bytes(), **fields,
+        )  # fmt: skip
+
+    def _named(self) -> Quantized:
+        """Return what a form that was asked for by name makes of the canonical model."""
+        form, steps = named_form(self.request)
+        pipeline = Pipeline((*self._prefix(), *steps))
+        self.progress(form)
+        made = pipeline.run(self.original, samples=self.calibrating, settings=self.settings)
+        record = next(r for r in made.report.passes if r.name == steps[-2].name)
+        quality = self.quality(made.model)
+        rows = [LayerRow(miss["where"], "", "float", miss["why"]) for miss in record.blocked]
+        tried = Tried(form, record.changes, None, quality)
+        self.tried.append(tried)
+        if record.status != "changed":
+            why = "; ".join(sorted({row.why for row in rows})[:3]) or "nothing in it takes this form"
+            report = self._report(made.model, rows, decision="lossless", reason=why, form="float")
+            return Quantized(made.model, report)
+        if quality is not None and not quality.ok:
+            raise GateMissedError(
+                f"{form} misses the bound: {'; '.join(quality.failures)}",
+                hint="loosen it (--min-sqnr, --min-agreement, --max-drop), or ask for another form",
+            )
+        return self._finished(Candidate(form, made.model, pipeline, quality, rows, tried), None)
+
+    def _smallest(self) -> Quantized:
+        """Return the smallest file among the weight-only forms that keep the bound."""
+        best: Quantized | None = None
+        missed = []
+        for form in WEIGHT_ONLY:
+            task = _Task(self.original, replace(self.request, weight_only=form), None, self.feeds, self.progress)
+            task.calibrating, task.judging, task.tried, task._check = (
+                self.calibrating, self.judging, self.tried, self._check,
+            )  # fmt: skip
+            try:
+                found = task._named()
+            except GateMissedError as error:
+                missed.append(error.what)
+                continue
+            finally:
+                self._check = task._check
+            if found.report.decision == "quantized" and (
+                best is None or found.report.bytes_after < best.report.bytes_after
+            ):
+                best = found
+        if best is not None:
+            best.report.tried = self.tried
+            best.report.notes += missed
+            best.report.notes.append("the smallest file was asked for; it may be slower than the float model")
+            return best
+        report = self._report(self.original, [], decision="lossless", reason="; ".join(missed), form="float")
+        return Quantized(self.original.copy(), report)
+
+    def replayed(self, decisions: Decisions | str | Path) -> Quantized:
+        """Return what was decided before."""
+        path = None if isinstance(decisions, Decisions) else decisions
+        found = decisions if isinstance(decisions, Decisions) else read_decisions(decisions)
+        checked(found, self.original, path)
+        settings = found.settings(self.settings)
+        pipeline = Pipeline(found.pipeline) if found.pipeline else None
+        model = self.original.copy()
+        if pipeline is not None:
+            model = pipeline.run(self.original, samples=self.calibrating, settings=settings).model
+        report = self._report(model, [], reason=f"as decided before{f' in {path}' if path else ''}")
+        report.pipeline, report.quality = found.pipeline, self.quality(model)
+        report.decisions = found.to_dict()
+        return Quantized(model, report)
+
+
+def named_form(request: Request) -> tuple[str, tuple[spec.Step, ...]]:
+    """Return a form that was asked for by name in words, and its passes; the last but one makes it."""
+    cleanup = spec.PassStep("eliminate-dead")
+    if request.precision == "fp16":
+        return "fp16", (spec.PassStep("convert-fp16"), cleanup)
+    name = request.weight_only or ""
+    (step,) = spec.pass_steps(spec.parse(WEIGHT_ONLY[name]))
+    options = dict(step.options)
+    if request.block is not None:
+        options["block"] = request.block
+    return f"weight-only {name}", (spec.PassStep(step.name, options), cleanup)
+
+
+def work_share(model: Model, recipe: Recipe, feed: Feeds) -> float:
+    """Return the part of the known MACs of Conv, MatMul and Gemm that a recipe's operators do."""
+    found = costs(model, inputs={name: np.shape(value) for name, value in feed.items()})
+    macs = {node.op: 0 for node in model.graph.nodes}
+    for node in model.graph.nodes:
+        macs[node.op] += found.of(node).macs or 1
+    layers = sum(macs.get(op, 0) for r in RECIPES for op in r.ops if r is RECIPES[0])
+    return sum(macs.get(op, 0) for op in recipe.ops) / layers if layers else 0.0
+
+
+def unable(model: Model, provider: str) -> list[LayerRow]:
+    """Return one row per layer with the reason why it cannot run on integers."""
+    found = find_layers(model.graph, TensorShapes(model), provider)
+    return [LayerRow(layer.label, layer.node.op, "float", layer.why_not) for layer in found]
+
+
+def _lowering(lossless: Result) -> tuple[spec.Step, ...]:
+    """Return the lowering passes that paid for the lossless model."""
+    decided = (lossless.report.decisions or {}).get("pipeline") or ""
+    steps = spec.parse(decided) if decided else default_pipeline().steps
+    passes = [step for step in steps if isinstance(step, spec.PassStep)]
+    return tuple(step for step in passes if registry.get(step.name).stage == "lowering")
+
+
+def _faster(comparison: Comparison) -> bool:
+    """Tell whether a candidate is faster beyond doubt, and slower under no condition as far as is seen."""
+    if comparison.same or not comparison.ratios:
+        return False
+    return comparison.overall.high < 1.0 and all(r.median <= 1.0 for r in comparison.ratios.values())
+
+
+def _decided(comparison: Comparison) -> bool:
+    return comparison.overall.high < 1.0 or comparison.overall.low > 1.0
+
+
+def _worst(comparison: Comparison) -> str:
+    if not comparison.ratios:
+        return comparison.note or "ORT makes the same graph of both"
+    label, ratio = comparison.worst
+    return f"{ratio.median:.3f} of its time ({ratio.low:.3f} to {ratio.high:.3f}) with {label}"

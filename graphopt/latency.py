@@ -18,27 +18,21 @@ ever adds.  Whole runs without profiling (by processor time where one thread wor
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from graphopt.errors import DataError
 from graphopt.kernel_places import Places, assign_kernels
-from graphopt.model import Model, load
-from graphopt.profile import is_readable
-from graphopt.runtime import Feeds, Session
+from graphopt.kernel_times import Subject, run_all
+from graphopt.model import Model
+from graphopt.runtime import Feeds
 from graphopt.search import Option, Problem, Term
-from graphopt.trace import Matches, Trace
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Make: TypeAlias = Callable[[frozenset[str]], Model]
@@ -49,15 +43,7 @@ PRECISIONS = ("float", "int8")
 BUDGET = 30.0
 """Seconds of timing; making the models is not counted."""
 
-ROUNDS = 3
-"""Times that each model is loaded anew and run: what else the machine does comes in bursts."""
-
-FASTEST = 0.1
-"""Part of the runs that counts: other work on the machine only adds.  Their mean: ORT's clock has steps of 1 µs."""
-
 MAX_FEEDS = 4
-
-_LEAST_RUNS, _MOST_RUNS = 4, 300
 
 _DISTRUST = 0.2
 """Standard deviation of a table's entries around what the profiles say, as a part of them."""
@@ -247,7 +233,7 @@ def measure(
     subjects = []
     for number, int8 in enumerate(chosen):
         say(f"making model {number + 1} of {len(chosen)} to time")
-        subjects.append(_Subject(make(int8), int8))
+        subjects.append(Subject(make(int8), int8))
     run_all(subjects, ready, provider=provider, threads=threads, budget=budget, progress=say)
     return fit(places, tuple(layers), subjects)
 
@@ -301,95 +287,7 @@ def _columns(layers: Sequence[str], near: Mapping[str, set[str]], width: int) ->
     return columns, shared
 
 
-@dataclass
-class _Subject:
-    """A model to time: its kernels' samples of seconds by feed, and those of whole runs."""
-
-    model: Model
-    int8: frozenset[str]
-    kernels: dict[str, list[list[float]]] = field(default_factory=dict)
-    ops: dict[str, str] = field(default_factory=dict)
-    totals: list[list[float]] = field(default_factory=list)
-    matches: Matches | None = None
-    optimized: onnx.ModelProto | None = None
-
-    def seconds(self) -> float:
-        """Return seconds per run, the mean over feeds."""
-        return float(np.mean([_fast(row) for row in self.totals]))
-
-    def kernel_seconds(self) -> dict[str, float]:
-        """Return seconds per run of each kernel, as `seconds`."""
-        return {name: sum(_fast(row) for row in rows if row) / len(rows) for name, rows in self.kernels.items()}
-
-
-def _fast(samples: Sequence[float]) -> float:
-    """Return the mean of the fastest runs."""
-    ordered = np.sort(samples)
-    return float(ordered[: max(1, int(np.ceil(FASTEST * len(ordered))))].mean())
-
-
-def run_all(
-    subjects: Sequence[_Subject], feeds: Sequence[Feeds], *, provider: str, threads: int, budget: float,
-    progress: Callable[[str], None] = _silent, rounds: int = ROUNDS,
-) -> None:  # fmt: skip
-    """Run all models in rounds, each time in fresh sessions in another order, and note what runs and kernels take."""
-    rng = np.random.default_rng(0)
-    clock = time.thread_time if threads == 1 and provider == "cpu" else time.perf_counter
-    share = budget / (rounds * len(subjects))
-    for number in range(rounds):
-        progress(f"timing {len(subjects)} models, round {number + 1} of {rounds}")
-        for k in rng.permutation(len(subjects)):
-            _run(subjects[int(k)], feeds, share, clock, provider, threads)
-
-
-def _run(
-    subject: _Subject, feeds: Sequence[Feeds], seconds: float, clock: Callable[[], float], provider: str, threads: int
-) -> None:
-    """Run one model in a session of its own: half of the time profiled, half not."""
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        first = subject.matches is None and is_readable(subject.model, provider)
-        path = Path(folder) / "optimized.onnx" if first else None
-        copy = load(subject.model)
-        trace = Trace(copy)
-        session = Session(copy, threads=threads, provider=provider, profile=True, optimized_path=path)
-        if path is not None:
-            subject.optimized = onnx.load(path, load_external_data=False)
-            subject.matches = trace.match(subject.optimized)
-    calls = [session.prepared(feed) for feed in feeds]  # runs each once
-    begun = time.perf_counter()
-    for call in calls:
-        call()
-    single = (time.perf_counter() - begun) / len(calls)
-    runs = int(np.clip(seconds / (2 * single * len(calls)), _LEAST_RUNS, _MOST_RUNS))
-    for call in calls * runs:
-        call()
-    _read_profile(subject, session.profile_events(), skip=2 * len(calls), feeds=len(calls))
-    subject.totals = subject.totals or [[] for _ in calls]
-    for k, call in list(enumerate(calls)) * runs:
-        begun = clock()
-        call()
-        subject.totals[k].append(clock() - begun)
-
-
-def _read_profile(subject: _Subject, events: Sequence[Mapping[str, Any]], skip: int, feeds: int) -> None:
-    """Note the kernel times of all runs but the first `skip`; those of inner graphs are part of what holds them."""
-    begins = sorted(float(e["ts"]) for e in events if e["name"] == "model_run")
-    spent: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for event in events:
-        if event["cat"] != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        run = bisect.bisect_right(begins, float(event["ts"])) - 1
-        name = event["name"].removesuffix("_kernel_time")
-        subject.ops.setdefault(name, event["args"].get("op_name", ""))
-        if run >= skip:
-            spent[name][run] += float(event["dur"]) / 1e6
-    for name, by_run in spent.items():
-        rows = subject.kernels.setdefault(name, [[] for _ in range(feeds)])
-        for run, value in by_run.items():
-            rows[run % feeds].append(value)
-
-
-def fit(places: Places, layers: tuple[str, ...], subjects: Sequence[_Subject]) -> LatencyModel:
+def fit(places: Places, layers: tuple[str, ...], subjects: Sequence[Subject]) -> LatencyModel:
     """Return the latency model that explains what was measured."""
     measured = tuple(Measured(s.int8, s.seconds(), len(s.kernels)) for s in subjects)
     if any(s.matches is None for s in subjects):
@@ -405,7 +303,7 @@ def fit(places: Places, layers: tuple[str, ...], subjects: Sequence[_Subject]) -
     return corrected(LatencyModel(layers, tuple(cells), constant, measured))
 
 
-def _by_place(places: Places, layers: Iterable[str], subject: _Subject) -> dict[tuple[str, ...], tuple[float, int]]:
+def _by_place(places: Places, layers: Iterable[str], subject: Subject) -> dict[tuple[str, ...], tuple[float, int]]:
     """Return seconds and number of kernels by the layers they are put down to."""
     assert subject.matches is not None
     assert subject.optimized is not None

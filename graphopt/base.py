@@ -61,8 +61,13 @@ class Observes(Protocol):
     def calibration(self, tensors: Iterable[str], channels: Mapping[str, int] | None = None) -> Calibration:
         """Return statistics of tensors of the main graph."""
 
-    def grams(self, requests: Mapping[str, GramRequest]) -> dict[str, Gram]:
+    def grams(self, requests: Mapping[str, GramRequest], rows: int = 0) -> dict[str, Gram]:
         """Return Gram matrices of layer inputs."""
+
+    def means(
+        self, axes: Mapping[str, tuple[int, int]], model: Model | None = None, limit: int = 0
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Return means of channels of tensors of the main graph."""
 
 
 @dataclass
@@ -114,13 +119,32 @@ class Context:
         """
         return self._observing().calibration(tensors, channels)
 
-    def grams(self, requests: Mapping[str, GramRequest]) -> dict[str, Gram]:
+    def grams(self, requests: Mapping[str, GramRequest], rows: int = 0) -> dict[str, Gram]:
         """Return Gram matrices of layer inputs as the graph is now, on the samples.
+
+        Args:
+            requests: by label.
+            rows: taken at most of each tensor and sample, drawn at random (0: all).
 
         Raises:
             DataError: there are no samples.
         """
-        return self._observing().grams(requests)
+        return self._observing().grams(requests, rows)
+
+    def means(
+        self, axes: Mapping[str, tuple[int, int]], model: Model | None = None, limit: int = 0
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the mean of each channel of tensors, on the samples.
+
+        Args:
+            axes: node output of the main graph -> (axis of its channels, its rank).
+            model: whose tensors, where not those of the graph as it is now (`reference`, for one).
+            limit: samples read at most (0: all).
+
+        Raises:
+            DataError: there are no samples.
+        """
+        return self._observing().means(axes, model, limit)
 
     def _observing(self) -> Observes:
         if self.observer is None:
@@ -246,8 +270,8 @@ def _checked(cls: type[Pass], name: str, value: Any) -> Any:
     default = cls.option_defaults()[name]
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
+    if isinstance(default, tuple) and isinstance(value, list | str):
+        return (value,) if isinstance(value, str) else tuple(value)
     if default is not None and type(value) is not type(default):
         raise SpecError(
             f"pass '{cls.name}': option '{name}' must be of type {type(default).__name__}, not {value!r}",

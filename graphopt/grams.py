@@ -96,7 +96,7 @@ def _one_reading(
     found = {request: Gram.empty(request) for request in requests}
     inputs = {t.name for t in model.graph.inputs}
     made = list(dict.fromkeys(r.tensor for r in requests if r.tensor not in inputs))
-    session = Session(_part(model, made), threads=threads) if made else None
+    session = Session(part_for(model, made), threads=threads) if made else None
     for number, feed in enumerate(samples):
         rng = np.random.default_rng([seed, number])
         values = dict(feed)
@@ -107,7 +107,7 @@ def _one_reading(
     return found
 
 
-def _part(model: Model, names: Sequence[str]) -> Model:
+def part_for(model: Model, names: Sequence[str]) -> Model:
     """Return the part of a model that makes these tensors, which become its outputs."""
     part = model.copy()
     graph = part.graph

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
 
 from graphopt.errors import DataError
 from graphopt.model import Model
@@ -13,6 +15,8 @@ from graphopt.samples import Samples
 if TYPE_CHECKING:
     from graphopt.calibrate import Calibration
     from graphopt.grams import Gram, GramRequest
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 @dataclass
@@ -44,15 +48,27 @@ class Observer:
             return self.known
         return calibrate(self.model, self._samples("ranges"), names, channels=channels or {}, seed=self.seed)
 
-    def grams(self, requests: Mapping[str, GramRequest]) -> dict[str, Gram]:
-        """Return Gram matrices of layer inputs, by the label of the request.
+    def grams(self, requests: Mapping[str, GramRequest], rows: int = 0) -> dict[str, Gram]:
+        """Return Gram matrices of layer inputs, by the label of the request; of so many rows per sample, 0 for all.
 
         Raises:
             DataError: there are no samples.
         """
         from graphopt.grams import collect  # noqa: PLC0415
 
-        return collect(self.model, self._samples("second moments"), requests)
+        return collect(self.model, self._samples("second moments"), requests, rows=rows, seed=self.seed)
+
+    def means(
+        self, axes: Mapping[str, tuple[int, int]], model: Model | None = None, limit: int = 0
+    ) -> dict[str, Array]:
+        """Return means of channels of tensors: name -> (axis, rank) to name -> (channels,).
+
+        Raises:
+            DataError: there are no samples.
+        """
+        from graphopt.channel_means import collect  # noqa: PLC0415
+
+        return collect(model or self.model, self._samples("means"), axes, limit=limit)
 
     def _samples(self, what: str) -> Samples:
         if self.samples is None or self.samples.random:

@@ -166,7 +166,10 @@ class LayerChoice:
             threads=self.settings.target.threads, budget=self.budget, progress=self.progress,
         )  # fmt: skip
         self.progress("measuring what each layer harms")
-        noise = measure_noise(self.canonical, self.make, names, self.samples)
+        noise = measure_noise(
+            self.canonical, self.make, names, self.samples, provider=self.settings.target.provider,
+            budget=self.budget, progress=self.progress,
+        )  # fmt: skip
         found, last = self._search(costs, noise)
         self.rows = self._explained(costs, noise, last)
         return found

@@ -348,7 +348,7 @@ class _Task:
         pipeline = Pipeline((*self._prefix(), *steps))
         self.progress(form)
         made = pipeline.run(self.original, samples=self.calibrating, settings=self.settings)
-        record = next(r for r in made.report.passes if r.name == steps[-2].name)
+        record = next(r for r in made.report.passes if r.name == steps[0].name)
         quality = self.quality(made.model)
         rows = [LayerRow(miss["where"], "", "float", miss["why"]) for miss in record.blocked]
         tried = Tried(form, record.changes, None, quality)
@@ -408,8 +408,8 @@ class _Task:
         return Quantized(model, report)
 
 
-def named_form(request: Request) -> tuple[str, tuple[spec.Step, ...]]:
-    """Return a form that was asked for by name in words, and its passes; the last but one makes it."""
+def named_form(request: Request) -> tuple[str, tuple[spec.PassStep, ...]]:
+    """Return a form that was asked for by name in words, and its passes; the first makes it."""
     cleanup = spec.PassStep("eliminate-dead")
     if request.precision == "fp16":
         return "fp16", (spec.PassStep("convert-fp16"), cleanup)

@@ -215,6 +215,7 @@ class _Writer:
                 replace_output(old, tensor, gs.Variable.empty())
             return source
         raw = gs.Variable(self.ctx.fresh_name(f"{tensor.name}_raw"), np.float32, tensor.shape)
+        tensor.inputs[0].name = label(tensor.inputs[0])  # an unnamed node is known by its output
         replace_output(tensor.inputs[0], tensor, raw)
         return raw
 

@@ -134,6 +134,11 @@ def why_not(node: gs.Node, ctx: Context) -> str:
         return f"the {ctx.target.provider} provider has no kernel for it"
     if ctx.model.opset < LEAST_OPSET:
         return f"opset {ctx.model.opset} has no DynamicQuantizeLinear: upgrade-opset{{to={LEAST_OPSET}}} before"
+    return why_not_layer(node, ctx)
+
+
+def why_not_layer(node: gs.Node, ctx: Context) -> str:
+    """Return what of the layer itself stands against it, whatever runs it."""
     source, weight = node.inputs[0], node.inputs[1]
     if not isinstance(weight, gs.Constant):
         if dequantized(weight):

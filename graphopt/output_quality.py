@@ -2,7 +2,8 @@
 
 An output is judged by what it looks like (`output_kind`, read off the reference's graph and first outputs):
 
-    classes     a softmax, or rows of scores that a Gemm, MatMul or Conv made: agreement of the largest, and SQNR
+    classes     a softmax, or rows of scores that a Gemm, MatMul or Conv made: whether the largest stays the largest,
+                what it costs where it does not, and SQNR
     mask        a sigmoid: overlap (intersection over union) of what lies above 0.5, and SQNR
     embedding   any other rows of numbers: mean cosine of a row with the reference's, and SQNR
     values      any other float output: SQNR
@@ -10,6 +11,10 @@ An output is judged by what it looks like (`output_kind`, read off the reference
 
 SQNR is 10 log10(sum a^2 / sum (a - b)^2) over all samples; 20 dB is noise of a tenth of the signal, which between
 vectors is a cosine of 0.995 (1 - 1 / (2 * 100)).
+
+What another class costs is the reference's own probability of its class, less that of the candidate's: how much the
+accuracy is expected to fall if the reference's probabilities are right.  Two nearly equal classes cost nearly nothing,
+a sure answer turned over costs up to 1; plain agreement counts both alike.
 """
 
 from __future__ import annotations
@@ -35,11 +40,12 @@ LARGEST_SCORE = 150.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What one output must keep; None asks for nothing.  SQNR in dB, the others between 0 and 1."""
+    """What one output must keep; None asks for nothing.  SQNR in dB, the others between 0 and 1; `loss` at most."""
 
     sqnr: float | None = None
     cosine: float | None = None
     agreement: float | None = None
+    loss: float | None = None
 
 
 @dataclass
@@ -60,6 +66,7 @@ class OutputQuality:
     _signal: float = 0.0
     _noise: float = 0.0
     _cosines: float = 0.0
+    _losses: float = 0.0
 
     @property
     def sqnr(self) -> float | None:
@@ -81,6 +88,11 @@ class OutputQuality:
     def agreement(self) -> float | None:
         """Part of the decisions that stay; None where the output decides nothing."""
         return self.agreeing / self.decisions if self.decisions else None
+
+    @property
+    def loss(self) -> float | None:
+        """Expected fall of the accuracy, mean over the decisions; None where there are no classes."""
+        return self._losses / self.decisions if self.decisions and self.kind == "classes" else None
 
     @property
     def score(self) -> float:
@@ -106,6 +118,8 @@ class OutputQuality:
         ):
             if value is not None and least is not None and value < least:
                 found.append(f"{what} {value:.5g}{unit}, at least {least:g} asked")
+        if self.loss is not None and self.limits.loss is not None and self.loss > self.limits.loss:
+            found.append(f"expected loss of accuracy {self.loss:.2g}, at most {self.limits.loss:g} accepted")
         return [at + what for what in found]
 
     def add(self, reference: Array, candidate: Array) -> None:
@@ -135,13 +149,13 @@ class OutputQuality:
             agree = top1(a, b)
             self.decisions += agree.size
             self.agreeing += int(np.count_nonzero(agree))
+            self._losses += _loss(a, b, ~agree)
         elif self.kind == "mask":
             self.decisions += int(np.count_nonzero((a > 0.5) | (b > 0.5)))
             self.agreeing += int(np.count_nonzero((a > 0.5) & (b > 0.5)))
 
     def _add_rows(self, a: Array, b: Array) -> None:
-        width = next(n for n in reversed(a.shape) if n > 1)
-        x, y = a.reshape(-1, width), b.reshape(-1, width)
+        x, y = _rows(a), _rows(b)
         norms = np.sqrt(np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", y, y))
         used = norms > 0
         self.rows += int(np.count_nonzero(used))
@@ -151,7 +165,7 @@ class OutputQuality:
         """Return a JSON-able dict."""
         return {
             "output": self.name, "kind": self.kind, "sqnr": self.sqnr, "cosine": self.cosine,
-            "agreement": self.agreement, "rows": self.rows, "decisions": self.decisions,
+            "agreement": self.agreement, "loss": self.loss, "rows": self.rows, "decisions": self.decisions,
             "limits": asdict(self.limits), "failures": self.failures,
         }  # fmt: skip
 
@@ -215,3 +229,19 @@ def _power(values: Array) -> float:
     """Return the sum of squares; `einsum` takes one thread, which BLAS does not."""
     flat = values.reshape(-1)
     return float(np.einsum("i,i->", flat, flat.conj()).real)
+
+
+def _rows(values: Array) -> Array:
+    """Return an output as rows of scores (N, classes), trailing axes of 1 aside."""
+    return values.reshape(-1, next((n for n in reversed(values.shape) if n > 1), 1))
+
+
+def _loss(reference: Array, candidate: Array, changed: Array) -> float:
+    """Return the sum, over the rows that changed, of p(reference's class) - p(candidate's), p being the reference's."""
+    x, chosen = _rows(reference)[changed], _rows(candidate)[changed].argmax(axis=1)
+    if not x.size:
+        return 0.0
+    if not ((x >= 0).all() and np.allclose(x.sum(axis=1), 1.0, atol=1e-2)):  # scores, not probabilities
+        x = np.exp(x - x.max(axis=1, keepdims=True))
+        x /= x.sum(axis=1, keepdims=True)
+    return float(np.sum(x.max(axis=1) - np.take_along_axis(x, chosen[:, None], axis=1)[:, 0]))

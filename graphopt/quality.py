@@ -48,13 +48,23 @@ DISK_BYTES = 1 << 33
 
 
 DEFAULTS: Mapping[Kind, Limits] = {
-    "classes": Limits(sqnr=15.0, agreement=0.97),
+    "classes": Limits(sqnr=20.0, agreement=0.95, loss=0.003),
     "mask": Limits(sqnr=15.0, agreement=0.97),
-    "embedding": Limits(sqnr=15.0, cosine=0.995),
+    "embedding": Limits(sqnr=20.0, cosine=0.995),
     "values": Limits(sqnr=20.0),
     "exact": Limits(agreement=0.97),
 }
-"""What is asked of an output when the caller asks for nothing."""
+"""What is asked of an output when the caller asks for nothing.
+
+The numbers lie between models that other tools quantized and that still do their job and models that do not: a text
+recogniser at 15.6 dB, with an expected loss of 0.015 per step, reads 4 lines in 100 less; an image classifier at 14 dB
+keeps the class of 80 % of natural pictures, at a loss of 0.008; a direction classifier at 31 dB loses nothing.
+"""
+
+
+_IN_RANGE: Mapping[str, tuple[float, float]] = {
+    "min_sqnr": (-100.0, 300.0), "min_cosine": (-1.0, 1.0), "min_agreement": (0.0, 1.0), "max_loss": (0.0, 1.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class Bound:
             0.5 (masks), part of the elements that stay equal (integers).
         metric: `file.py:function` or a function: `predict -> number or 1-D scores`, higher is better.
         max_drop: largest drop of the metric, in its units or as `"1%"` of the reference's; None: `MAX_DROP`.
+        max_loss: expected fall of the accuracy by rows whose largest score is another (classes), see `output_quality`.
 
     Raises:
         SpecError: a number is out of range, or there is a drop and no metric.
@@ -81,9 +92,10 @@ class Bound:
     min_agreement: float | None = None
     metric: Metric | None = None
     max_drop: str | float | None = None
+    max_loss: float | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (("min_sqnr", -100.0, 300.0), ("min_cosine", -1.0, 1.0), ("min_agreement", 0.0, 1.0)):
+        for name, (low, high) in _IN_RANGE.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # NaN too
                 raise SpecError(f"{name} lies between {low:g} and {high:g}, not at {value}", at=name)
@@ -97,12 +109,12 @@ class Bound:
     @property
     def names_numbers(self) -> bool:
         """Whether a limit on outputs was named."""
-        return any(value is not None for value in (self.min_sqnr, self.min_cosine, self.min_agreement))
+        return any(getattr(self, name) is not None for name in _IN_RANGE)
 
     def limits(self, kind: Kind) -> Limits:
         """Return what is asked of an output of this kind."""
         if self.names_numbers:
-            return Limits(self.min_sqnr, self.min_cosine, self.min_agreement)
+            return Limits(self.min_sqnr, self.min_cosine, self.min_agreement, self.max_loss)
         return Limits() if self.metric is not None else DEFAULTS[kind]
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +122,7 @@ class Bound:
         metric = self.metric if self.metric is None or isinstance(self.metric, str) else _name(self.metric)
         return {
             "min_sqnr": self.min_sqnr, "min_cosine": self.min_cosine, "min_agreement": self.min_agreement,
-            "metric": metric, "max_drop": self.max_drop,
+            "max_loss": self.max_loss, "metric": metric, "max_drop": self.max_drop,
         }  # fmt: skip
 
 

@@ -83,6 +83,21 @@ def test_numbers_are_those_of_their_definitions() -> None:
     assert output.rows == output.decisions == 12
 
 
+@pytest.mark.parametrize("ops", ["MatMul", "MatMul Softmax"])
+def test_another_class_costs_its_probability(ops: str) -> None:
+    reference, candidate, samples = model(ops), model(ops, noisy(0.5)), feeds(5)
+    scores = np.concatenate([feed["x"] @ WEIGHT for feed in samples]).astype(float)
+    others = np.concatenate([feed["x"] @ noisy(0.5) for feed in samples]).argmax(1)
+    p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    (output,) = QualityCheck(reference, samples).of(candidate).outputs
+    lost = p.max(1) - p[np.arange(len(p)), others]
+    assert lost.mean() > 0
+    assert output.loss == pytest.approx(lost.mean(), rel=1e-4)
+    limit = OutputQuality("y", "classes", Limits(loss=0.01))
+    limit.add(np.array([[0.6, 0.4]], np.float32), np.array([[0.4, 0.6]], np.float32))
+    assert limit.failures == ["output 'y': expected loss of accuracy 0.2, at most 0.01 accepted"]
+
+
 def test_masks_overlap() -> None:
     output = OutputQuality("m", "mask", Limits(agreement=0.7))
     a, b = np.full((1, 1, 4, 4), 0.1, np.float32), np.full((1, 1, 4, 4), 0.2, np.float32)
@@ -192,7 +207,7 @@ def test_no_samples() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"min_sqnr": math.nan}, {"min_cosine": 1.5}, {"min_agreement": -0.1}, {"max_drop": 0.1},
+    [{"min_sqnr": math.nan}, {"min_cosine": 1.5}, {"min_agreement": -0.1}, {"max_loss": 2}, {"max_drop": 0.1},
      {"metric": len, "max_drop": "much"}],
 )  # fmt: skip
 def test_wrong_bounds(wrong: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ ROUNDS = 3
 FASTEST = 0.1
 """Part of the runs that counts.  Their mean: ORT's clock has steps of 1 µs."""
 
-_LEAST_RUNS, _MOST_RUNS = 4, 300
+_LEAST_RUNS, _MOST_RUNS = 4, 200
 
 
 @dataclass
@@ -69,6 +69,7 @@ def run_all(
     budget: float = 20.0,
     progress: Callable[[str], None] | None = None,
     rounds: int = ROUNDS,
+    profile: bool = True,
 ) -> None:
     """Run all models in rounds and note in them what runs and kernels take.
 
@@ -80,6 +81,7 @@ def run_all(
         budget: seconds for all runs, about; loading comes on top.
         progress: takes short sentences about what is going on.
         rounds: how often each model is loaded.
+        profile: whether to time kernels too; half of the time goes to that.
 
     Raises:
         ModelError: ORT refuses a model.
@@ -92,13 +94,36 @@ def run_all(
         if progress is not None:
             progress(f"timing {len(subjects)} models, round {number + 1} of {rounds}")
         for k in rng.permutation(len(subjects)):
-            _run(subjects[int(k)], feeds, share, clock, provider, threads)
+            _run(subjects[int(k)], feeds, share, clock, provider=provider, threads=threads, profile=profile)
 
 
 def _run(
-    subject: Subject, feeds: Sequence[Feeds], seconds: float, clock: Callable[[], float], provider: str, threads: int
-) -> None:
-    """Run one model in a session of its own: half of the time profiled, half not."""
+    subject: Subject, feeds: Sequence[Feeds], seconds: float, clock: Callable[[], float], *,
+    provider: str, threads: int, profile: bool,
+) -> None:  # fmt: skip
+    """Run one model in a session of its own: with `profile`, half of the time so, then without."""
+    session = _session(subject, provider, threads, profile=profile)
+    calls = [session.prepared(feed) for feed in feeds]  # runs each once
+    begun = time.perf_counter()
+    for call in calls:
+        call()
+    single = (time.perf_counter() - begun) / len(calls)
+    runs = int(np.clip(seconds / ((1 + profile) * single * len(calls)), _LEAST_RUNS, _MOST_RUNS))
+    if profile:
+        for call in calls * runs:
+            call()
+        _read_profile(subject, session.profile_events(), skip=2 * len(calls), feeds=len(calls))
+    subject.totals = subject.totals or [[] for _ in calls]
+    for k, call in list(enumerate(calls)) * runs:
+        begun = clock()
+        call()
+        subject.totals[k].append(clock() - begun)
+
+
+def _session(subject: Subject, provider: str, threads: int, *, profile: bool) -> Session:
+    """Return a fresh session; of the first profiled one, what ORT made of the model is noted."""
+    if not profile:
+        return Session(subject.model, threads=threads, provider=provider)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         first = subject.matches is None and is_readable(subject.model, provider)
         path = Path(folder) / "optimized.onnx" if first else None
@@ -108,20 +133,7 @@ def _run(
         if path is not None:
             subject.optimized = _without_weights(onnx.load(path, load_external_data=False))
             subject.matches = trace.match(subject.optimized)
-    calls = [session.prepared(feed) for feed in feeds]  # runs each once
-    begun = time.perf_counter()
-    for call in calls:
-        call()
-    single = (time.perf_counter() - begun) / len(calls)
-    runs = int(np.clip(seconds / (2 * single * len(calls)), _LEAST_RUNS, _MOST_RUNS))
-    for call in calls * runs:
-        call()
-    _read_profile(subject, session.profile_events(), skip=2 * len(calls), feeds=len(calls))
-    subject.totals = subject.totals or [[] for _ in calls]
-    for k, call in list(enumerate(calls)) * runs:
-        begun = clock()
-        call()
-        subject.totals[k].append(clock() - begun)
+    return session
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

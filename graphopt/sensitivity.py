@@ -151,6 +151,19 @@ def measure(
     return Sensitivity(found, together, tuple(g for g in groups if len(g) > 1), tuple(broken), len(feeds))
 
 
+def noise_of(
+    float_model: Model, candidate: Model, feeds: Sequence[Feeds], *, provider: str = "cpu", threads: int = 1
+) -> float:
+    """Return the noise power of a candidate's outputs, relative to those of the float model.
+
+    Raises:
+        DataError: the feeds do not fit, or no output is a float tensor.
+        ModelError: ORT refuses a model.
+    """
+    reference = _Reference(Session(float_model, threads=threads, provider=provider), feeds)
+    return reference.noise(Session(candidate, threads=threads, provider=provider))
+
+
 def _silent(text: str) -> None:
     """Say nothing."""
 

@@ -153,7 +153,7 @@ class QuantizeWeights(Pass):
         else:
             needed = SINCE if self._bits(use) < 8 else 1
         if int(graph.opset) < needed:
-            return f"it needs opset {needed}, and the model has {graph.opset}: upgrade-opset:to={needed} first"
+            return f"it needs opset {needed}, and the model has {graph.opset}: upgrade-opset{{to={needed}}} first"
         return ""
 
     def _in_parts(self, graph: gs.Graph, ctx: Context, uses: list[Use]) -> Iterator[tuple[list[Use], dict[str, Gram]]]:

@@ -36,8 +36,8 @@ from graphopt.sensitivity import Sensitivity, decibels
 MODELS = ("ppocr-rec", "efficientnet-lite0-dynamo", "ppocr-det")
 RANDOM = 10
 CALIBRATION, JUDGING = 8, 8
-PARTS = (1.0, 0.5, 0.25, 0.1)
-"""Bounds on the noise, as parts of what all layers in int8 add up to."""
+PARTS = (0.5, 0.25, 0.1, 0.03)
+"""Bounds on the noise, as parts of that of the fastest choice without a bound."""
 
 INTRODUCTION = """\
 # Choosing layers: predicted latency, and the solver beside simpler ways
@@ -138,15 +138,15 @@ def choices(costs: LatencyModel, noise: Mapping[str, float]) -> list[Tried]:
     """Return what each way chooses under each bound."""
     problem = costs.problem(noise)
     base, full = costs.predict(()), sum(noise.values())
+    fastest = search.solve(problem, full)
     found = []
-    for part in PARTS:
-        bound = part * full
+    for bound in (full, *(part * fastest.loss for part in PARTS)):
         picked = {
             "solver": search.solve(problem, bound).having("int8"),
             "greedy": search.greedy(problem, bound).having("int8"),
             "least noise first": least_noise_first(noise, bound),
         }
-        if part == 1.0:
+        if bound == full:
             picked["all int8"] = frozenset(noise)
         for name, int8 in picked.items():
             found.append(Tried(name, bound, int8, costs.predict(int8) / base, sum(noise[i] for i in int8)))

@@ -210,7 +210,7 @@ class Histogram:
             self._count(waiting)
 
     def _count(self, values: npt.NDArray[np.float32], weight: int = 1) -> None:
-        largest = np.float32(max(-self.low, self.high)).view(np.int32)
+        largest = np.float32(max(abs(self.low), abs(self.high))).view(np.int32)
         floor = self._floor(values)
         signed = self.low < 0
         size = (floor << COARSE_BITS) + (((int(largest) >> 23) + 1 - floor) << FINE_BITS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -98,8 +98,8 @@ def entropy(histogram: Histogram, bins: int = 2048, levels: int | None = None) -
     Kullback-Leibler divergence; the threshold of least divergence limits both sides.  Four things are ours.  Exact
     zeros, which every code has, do not count.  Values of one sign get 256 levels, since their codes all lie there.
     Clipped values beyond a gap do not make the divergence infinite: the empty bins of the last level count as one
-    value.  When the least threshold is the best, the search goes on below it with as many bins: an outlier does not use
-    them up.
+    value.  An outlier does not use up the bins: they begin at 16 times the 99.999th percentile, and when the least
+    threshold is the best, the search goes on below it with as many.
 
     Raises:
         SpecError: fewer bins than levels.
@@ -109,7 +109,7 @@ def entropy(histogram: Histogram, bins: int = 2048, levels: int | None = None) -
         raise SpecError(f"entropy needs at least as many bins as levels, not {bins} and {levels}")
     held = histogram.bins()
     total = held.counts[(held.low != 0) | (held.high != 0)].sum()
-    top = max(-histogram.low, histogram.high)
+    top = min(max(-histogram.low, histogram.high), 16 * _magnitude_quantile(held, 0.99999))
     while top >= TINY:
         counts = magnitudes(held, top, bins)
         best = least_divergence(counts, max(total - counts.sum(), 0.0), levels)
@@ -117,6 +117,14 @@ def entropy(histogram: Histogram, bins: int = 2048, levels: int | None = None) -
         if best > levels or levels == bins:
             break
     return Range(max(histogram.low, -top), min(histogram.high, top))
+
+
+def _magnitude_quantile(held: Bins, fraction: float) -> float:
+    """Return the magnitude that this fraction of the values other than zero does not exceed, rounded up to a bin."""
+    ends = np.maximum(np.abs(held.low), np.abs(held.high))
+    order = np.argsort(ends)
+    reached = np.cumsum(np.where(ends > 0, held.counts, 0)[order])
+    return float(ends[order][np.searchsorted(reached, fraction * reached[-1])])
 
 
 def magnitudes(held: Bins, top: float, bins: int) -> Array:
@@ -157,7 +165,7 @@ def least_divergence(counts: Array, beyond: float, levels: int) -> int:
         share = mass / filled
         spread = _cumulated(_x_log_x(counts))[kept] - np.nansum(np.where(mass > 0, mass * np.log(share), 0.0), axis=1)
         ends = last + clipped
-        spread += _x_log_x(ends) - _x_log_x(last) - clipped * np.log(share[:, -1])
+        spread += _x_log_x(ends) - _x_log_x(last) - np.where(clipped > 0, clipped * np.log(share[:, -1]), 0.0)
         divergence = (spread + total * np.log(inside / total)) / total
     divergence[~np.isfinite(divergence)] = np.inf
     divergence[inside == 0] = np.inf
@@ -204,15 +212,19 @@ def squared_error(values: Array, weights: Array, code: Affine) -> float:
 def _cut(end: float, cost: Callable[[float], float]) -> float:
     """Return the multiple of `end`, at most 1, that costs least: factors of 2^(1/4), then of less around the best."""
     best, least = end, cost(end)
-    for step, tries in ((0.25, 40), (0.0625, 4), (0.0156, 4)):
-        searching = True
-        while searching:
-            start, searching = best, False
-            signs = (-1,) if step == 0.25 else (-1, 1)
-            for candidate in [start * 2.0 ** (sign * step * i) for i in range(1, tries + 1) for sign in signs]:
-                if TINY <= candidate <= end and (found := cost(candidate)) < least:
-                    best, least = candidate, found
-            searching = step == 0.25 and best <= start * 2.0 ** (-step * (tries - 1))
+
+    def attempt(candidates: Iterable[float]) -> bool:
+        nonlocal best, least
+        last = best
+        for last in candidates:
+            if TINY <= last <= end and (found := cost(last)) < least:
+                best, least = last, found
+        return best == last
+
+    while best >= TINY and attempt([best * 2.0 ** (-i / 4) for i in range(1, 41)]):
+        pass  # the least that was tried is the best: it goes on from there
+    for step in (1 / 16, 1 / 64):
+        attempt([best * 2.0 ** (i * step) for i in (-3, -2, -1, 1, 2, 3)])
     return best
 
 

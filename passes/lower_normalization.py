@@ -4,9 +4,12 @@
     group_norm(x, 1, 0) * w + b      ->  the last of these for torch's form                               0.75
     x / sqrt(mean(x^2) + e) * w      ->  Pow, ReduceMean, Add, Sqrt, Div, Mul                  0.4, below opset 23
     x / sqrt(mean(x^2) + e)          ->  the same, by a weight of ones                         0.5, below opset 23
+    layer_norm(x + y)                ->  layer_norm(Sum(x, y))                                 0.15
 
 BatchNormalization with mean 0 and variance 1 is a product and a sum in one pass over memory.  ORT takes
-GroupNormalization apart into 28 operators.  It fuses RMSNorm in exactly the spelling on the right.
+GroupNormalization apart into 28 operators.  It fuses RMSNorm in exactly the spelling on the right.  Where it knows the
+shapes it makes SkipLayerNormalization of an Add and a LayerNormalization; its kernel (ORT 1.31) goes element by element
+where those two are vectorised: 0.95 ms against 0.14 ms for 512 rows of 384.  It does not look for a Sum.
 """
 
 from __future__ import annotations
@@ -167,10 +170,35 @@ class BareRmsForKernel(Rule):
         return x / op.Sqrt(op.ReduceMean(op.Pow(x, 2.0), axes=[-1], keepdims=1) + e) * np.ones(width)
 
 
+class SumForNorm(Rule):
+    """layer_norm(x + y)  ->  layer_norm(Sum(x, y))
+
+    Encoders with the normalisation behind the block, by every exporter.
+    """
+
+    min_opset = 17
+    types = FLOAT32
+
+    @staticmethod
+    def pattern(op: Op, x: Value, y: Value, w: Value, b: Value | None) -> Value:
+        return op.LayerNormalization(x + y, w, b, name="norm")
+
+    @staticmethod
+    def examples(rng: np.random.Generator) -> dict[str, Any]:
+        width = int(rng.integers(1, 9))
+        return {"x": (2, 3, width), "y": (2, 3, width), "w": (width,), "b": (width,)}
+
+    @staticmethod
+    def rewrite(op: Op, x: Value, y: Value, m: Match) -> Value:
+        if is_constant(x.tensor) or is_constant(y.tensor):
+            raise RefusedError("one side is constant: ORT does not fuse it")
+        return m["norm"].again(op.Sum(x, y))
+
+
 @register
 @dataclass(frozen=True)
 class LowerNormalization(RulePass):
-    """Write GroupNorm and RMSNorm as ORT's CPU kernels run them fastest.
+    """Write normalisations as ORT's CPU kernels run them fastest.
 
     Exact but for roundings, keeps the signature, standard operators only.  Only for the CPU provider.
     """
@@ -178,7 +206,7 @@ class LowerNormalization(RulePass):
     name: ClassVar[str] = "lower-normalization"
     stage: ClassVar[Literal["canonical", "lowering"]] = "lowering"
     optional: ClassVar[bool] = True
-    rules: ClassVar[tuple[type[Rule], ...]] = (GroupNormAffine, RmsForKernel, BareRmsForKernel)
+    rules: ClassVar[tuple[type[Rule], ...]] = (GroupNormAffine, RmsForKernel, BareRmsForKernel, SumForNorm)
 
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose one change per normalisation, on CPU."""

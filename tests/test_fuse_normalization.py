@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from graphopt.model import load
 from graphopt.models import zoo
 from graphopt.optimizer import optimize
+from graphopt.profile import optimized_graph
 
 from .rewrites import assert_equal_outputs, ops, parsed, reasons, run
 
@@ -160,6 +162,32 @@ def test_group_norm_of_torch() -> None:
     after = run(before, "lower-normalization")
     assert ops(after) == "Reshape InstanceNormalization Reshape BatchNormalization"
     assert_equal_outputs(before, after.model.proto)
+
+
+def test_sums_before_a_norm_keep_from_the_slow_kernel() -> None:
+    """ORT fuses the Add, and computes what it fuses element by element."""
+    before = parsed("s = Add(x, x2) y = LayerNormalization(s, w, b)", inputs="float[N,4,6] x, float[N,4,6] x2",
+                    constants=NUMBERS)  # fmt: skip
+    after = run(before, "lower-normalization")
+    assert ops(after) == "Sum LayerNormalization"
+    assert_equal_outputs(before, after.model.proto)
+    assert run(after.model.proto, "lower-normalization").report.passes[0].status != "changed"
+    assert _runs(load(before)) == ["SkipLayerNormalization"]
+    assert _runs(after.model) == ["Sum", "LayerNormalization"]
+
+
+def test_a_sum_with_a_constant_stays() -> None:
+    before = parsed("s = Add(x, w) y = LayerNormalization(s, w, b)", constants=NUMBERS)
+    after = run(before, "lower-normalization")
+    assert ops(after) == "Add LayerNormalization"
+    assert "one side is constant: ORT does not fuse it" in reasons(after)
+
+
+def _runs(model: Any) -> list[str]:
+    """Return the kernels that ORT runs."""
+    made = optimized_graph(model)
+    assert made is not None
+    return [node.op_type for node in made.graph.node]
 
 
 @pytest.mark.zoo

@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -180,33 +183,59 @@ def greedy(problem: Problem, max_loss: float = math.inf) -> Choice:
         GateMissedError: even the options of least loss exceed the bound.
     """
     _check_reachable(problem, max_loss)
-    picks, loss = problem.safest(), problem.loss(problem.safest())
-    around: dict[str, list[Term]] = defaultdict(list)
-    for term in problem.terms:
-        for item in term.items:
-            around[item].append(term)
-
-    def local(item: str, option: str) -> float:
-        own = {**picks, item: option}
-        shared = sum(t.costs.get(tuple(own[i] for i in t.items), 0.0) for t in around[item])
-        return problem.items[item][option].cost + shared
-
+    state = _Greedy(problem)
+    loss = problem.loss(state.picks)
     while True:
         best: tuple[float, float, str, str] | None = None
-        for item, options in problem.items.items():
-            before = local(item, picks[item])
-            for name, option in options.items():
-                gain = before - local(item, name)
-                more = option.loss - options[picks[item]].loss
-                if gain <= _SLACK * max(1e-12, abs(before)) or not _within(loss + more, max_loss):
+        for item, moves in state.moves.items():
+            for name, gain, more in moves:
+                if not _within(loss + more, max_loss):
                     continue
                 rate = gain / more if more > 0.0 else math.inf
                 if best is None or (rate, gain) > best[:2]:
                     best = (rate, gain, item, name)
         if best is None:
-            return Choice(picks, problem.cost(picks), problem.loss(picks), "greedy")
-        picks[best[2]] = best[3]
-        loss = problem.loss(picks)
+            return Choice(state.picks, problem.cost(state.picks), problem.loss(state.picks), "greedy")
+        state.take(best[2], best[3])
+        loss = problem.loss(state.picks)
+
+
+class _Greedy:
+    """A choice in the making: for each item the moves that gain, with what they gain and lose."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.picks = problem.safest()
+        self.around: dict[str, list[Term]] = defaultdict(list)
+        for term in problem.terms:
+            for item in term.items:
+                self.around[item].append(term)
+        self.moves = {item: self._moves(item) for item in problem.items}
+
+    def take(self, item: str, option: str) -> None:
+        """Let an item take an option; what its neighbours would gain changes."""
+        self.picks[item] = option
+        for near in dict.fromkeys([item, *(i for term in self.around[item] for i in term.items)]):
+            self.moves[near] = self._moves(near)
+
+    def _moves(self, item: str) -> list[tuple[str, float, float]]:
+        options = self.problem.items[item]
+        now = options[self.picks[item]]
+        before = self._cost(item, self.picks[item])
+        found = []
+        for name, option in options.items():
+            gain = before - self._cost(item, name)
+            if gain > _SLACK * max(1e-12, abs(before)):
+                found.append((name, gain, option.loss - now.loss))
+        return found
+
+    def _cost(self, item: str, option: str) -> float:
+        """Return what depends on the item, were this its option."""
+        shared = sum(
+            term.costs.get(tuple(option if i == item else self.picks[i] for i in term.items), 0.0)
+            for term in self.around[item]
+        )
+        return self.problem.items[item][option].cost + shared
 
 
 def uniform(problem: Problem, option: str) -> Choice:
@@ -271,11 +300,30 @@ class _Program:
 
         values, rows, columns = self.entries
         matrix = coo_array((values, (rows, columns)), shape=(len(self.low), len(self.objective))).tocsr()
-        return milp(
-            np.array(self.objective), integrality=np.array(self.whole), bounds=Bounds(0.0, 1.0),
-            constraints=LinearConstraint(matrix, self.low, self.high),
-            options={"time_limit": max(0.01, time_limit), "mip_rel_gap": 0.0},
-        )  # fmt: skip
+        with _silent_stdout():
+            return milp(
+                np.array(self.objective), integrality=np.array(self.whole), bounds=Bounds(0.0, 1.0),
+                constraints=LinearConstraint(matrix, self.low, self.high),
+                options={"time_limit": max(0.01, time_limit), "mip_rel_gap": 0.0},
+            )  # fmt: skip
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Keep off standard output what HiGHS prints there whatever its options are: it may hold our JSON."""
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError, AttributeError):  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  (a device, by its number)
+            os.dup2(nowhere.fileno(), 1)
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _by_milp(problem: Problem, aim: Literal["cost", "loss"], bound: float, time_limit: float) -> Choice | None:

@@ -191,3 +191,20 @@ def test_assignment() -> None:
 
 def test_choice_lists_the_items_of_an_option() -> None:
     assert Choice({"a": "x", "b": "y"}, 0.0, 0.0, "fixed").having("x") == {"a"}
+
+
+def test_greedy_takes_the_best_rate_first() -> None:
+    items = {
+        "a": {"float": Option(10.0), "int8": Option(6.0, 4.0)},  # saves 1 per loss
+        "b": {"float": Option(10.0), "int8": Option(7.0, 1.0)},  # saves 3 per loss
+        "c": {"float": Option(10.0), "int8": Option(8.0, 1.0)},  # saves 2 per loss
+    }
+    assert greedy(Problem(items), 1.0).having("int8") == {"b"}
+    assert greedy(Problem(items), 2.5).having("int8") == {"b", "c"}
+    assert greedy(Problem(items), 6.0).having("int8") == {"a", "b", "c"}
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    for count in range(20, 60, 10):
+        solve(chain(count=count, gain=0.5, border=0.8, loss=0.37), 5.0)
+    assert capfd.readouterr().out == ""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import Unknown, is_constant, parameter, scalar_of
@@ -389,11 +388,9 @@ def _measure(found: Survey, result: Islands, ranges: Ranges) -> None:
 
 def half_of(values: Array) -> Array:
     """Return values as float16; finite ones beyond its range become the largest."""
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(values)
-        return np.where(finite, np.clip(values, -LARGEST, LARGEST), values).astype(np.float16)
-
-
-def target_type(cast: gs.Node) -> int:
-    """Return what a Cast makes, as ONNX numbers types."""
-    return int(cast.attrs.get("to", onnx.TensorProto.UNDEFINED))
+    made = np.empty(values.shape, np.float16)
+    source, target = np.ascontiguousarray(values).reshape(-1), made.reshape(-1)
+    for start in range(0, source.size, _CHUNK):
+        part = source[start : start + _CHUNK]
+        target[start : start + _CHUNK] = np.where(np.isfinite(part), np.clip(part, -LARGEST, LARGEST), part)
+    return made

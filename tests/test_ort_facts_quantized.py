@@ -298,7 +298,7 @@ def test_signed_activations_that_are_shared_leave_convolutions_in_float(
 
 @pytest.mark.parametrize(("factor", "integer"), [(1.0, True), (1.009, True), (1.03, False), (0.97, False)])
 def test_a_bias_scale_that_is_nearly_right_is_taken_for_right(factor: float, integer: bool, compiled: Any) -> None:
-    """Up to about 1 % off, the kernel takes x scale * w scale for it, whatever is stored; beyond, the layer is float."""
+    """Up to about 1 % off, the kernel takes x scale * w scale for it; beyond, the layer is float."""
     off = FILTER | {"bs": FILTER["bs"] * np.float32(factor), "b": np.full(16, 12000, np.int32)}
     given = wrapped([FILTERED, BIAS, N("Conv", ["xd", "wd", "bd"], ["m"], **PAD)], off)
     assert bool(compiled(given)["QLinearConv"]) is integer

@@ -5,9 +5,10 @@
     Gather(W, ids)         ->  the rows' codes looked up, then decoded (see `embedding_codes`)
 
 ONNX Runtime 1.31 makes one MatMulNBits of the first two forms, 8 and 4 bits, per channel and in blocks of 16, 32, 64
-or 128, whatever the sizes; it is about as fast as the float product.  Blocks of other sizes and transB=1 it would
-decode on every run.  Scales are stored as float16, with a Cast that ONNX Runtime folds when it loads the model.
-Its kernel rounds activations to 8 bits (0.6 % of their size; `session.qdq_matmulnbits_accuracy_level=1` for none).
+or 128, whatever the sizes; it is about as fast as the float product.  Blocks of other sizes, transB=1 and weights that
+several layers share it decodes on every run.  Scales are stored as float16, with a Cast that ONNX Runtime folds when it
+loads the model.  Its kernel rounds activations to 8 bits (0.6 % of their size; none with the session option
+`session.qdq_matmulnbits_accuracy_level=1`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analysis.constants import array_of, constant_node, is_constant, refers
+from graphopt.analysis.constants import array_of, constant_node, is_constant, node_values, refers
 from graphopt.analysis.shapes import TensorType
 from graphopt.base import Change, Context, Exactness, Pass
 from graphopt.codes import weight_code
@@ -62,12 +63,16 @@ class Use:
 
     Attributes:
         tensor: the constant.
-        linear: MatMul and Gemm nodes that read it as input 1.
+        dtype: its type.
+        shape: its shape.
+        linear: MatMul and Gemm nodes that read it as input 1, straight or through a Transpose.
         lookups: Gather nodes that read rows of it.
         why: what stands against coding it.
     """
 
     tensor: gs.Tensor
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
     linear: list[gs.Node]
     lookups: list[gs.Node]
     why: str = ""
@@ -75,7 +80,7 @@ class Use:
     @property
     def first(self) -> gs.Node:
         """The node that reports name."""
-        return (self.linear or self.lookups)[0]
+        return (*self.linear, *self.lookups, *self.tensor.outputs)[0]
 
 
 @register
@@ -124,7 +129,7 @@ class QuantizeWeights(Pass):
             why = use.why or self._why_not(graph, use)
             if why:
                 yield Change(label(use.first), self._what(use), why)
-            elif _saving(use.tensor, self.bits, self.block) > OVERHEAD:
+            elif _saving(use, self._bits(use), self.block) > OVERHEAD:
                 waiting.append(use)
         for part, grams in self._in_parts(graph, ctx, waiting):
             for use in part:
@@ -138,18 +143,21 @@ class QuantizeWeights(Pass):
         return wanted and not any(fnmatch.fnmatchcase(n, glob) for n in names for glob in self.skip)
 
     def _what(self, use: Use) -> str:
-        spread = f"in blocks of {self.block}" if self.block else "per row" if not use.linear else "per channel"
+        tied = bool(use.linear and use.lookups)
+        spread = f"in blocks of {self.block}" if self.block and not tied else "per channel" if use.linear else "per row"
         return f"{self._bits(use)}-bit codes {spread} for '{use.tensor.name}'"
 
     def _bits(self, use: Use) -> int:
-        """Return the bits of a weight's codes: a table of odd width cannot be packed."""
-        odd = bool(use.lookups) and int(use.tensor.shape[1]) % 2 == 1
-        return 8 if odd else self.bits
+        """Return the bits of a weight's codes: two forms share only whole bytes, an odd row has no halves."""
+        if use.lookups and (use.linear or use.shape[1] % 2 == 1):
+            return 8
+        return self.bits
 
     def _why_not(self, graph: gs.Graph, use: Use) -> str:
         """Return what stands against the form in this graph, nothing where it is fine."""
         if use.linear:
-            needed = BLOCK_OPSET if self.bits < 8 or self.block else CHANNEL_OPSET
+            blocked = not use.lookups and (self.bits < 8 or self.block)
+            needed = BLOCK_OPSET if blocked else CHANNEL_OPSET
         else:
             needed = SINCE if self._bits(use) < 8 else 1
         if int(graph.opset) < needed:
@@ -189,7 +197,9 @@ class QuantizeWeights(Pass):
         with Edit(graph) as edit:
 
             def apply() -> None:
-                if use.linear:
+                if use.linear and use.lookups:
+                    self._tied(Maker(edit, ctx), use, values)
+                elif use.linear:
                     self._linear(Maker(edit, ctx), use, values, usable)
                 else:
                     self._lookups(Maker(edit, ctx), use, values)
@@ -199,27 +209,41 @@ class QuantizeWeights(Pass):
                 elif edit.is_local(holder) and not edit.is_used(use.tensor):
                     edit.remove(holder)
 
-            why = "4 to 8 bits instead of 32"
-            if use.linear and self.method == "gptq":
-                why = f"rounded by the output on {usable.count} rows" if usable else "no inputs to measure: least error"
-            yield Change(label(use.first), self._what(use), why, apply)
+            yield Change(label(use.first), self._what(use), self._why(use, usable), apply)
+
+    def _why(self, use: Use, gram: Gram | None) -> str:
+        why = f"{self._bits(use)} bits instead of {8 * use.dtype.itemsize}"
+        if use.linear and not use.lookups and self.method == "gptq":
+            why += f", rounded for the output on {gram.count} rows" if gram else ", rounded alone: it has no samples"
+        if len(use.linear) > 1:
+            why += f"; {len(use.linear)} layers share it, and ONNX Runtime decodes it for each on every run"
+        return why
 
     def _linear(self, maker: Maker, use: Use, values: Array, gram: Gram | None) -> None:
-        transposed = _is_transposed(use.linear[0])
-        dtype, weight = values.dtype, values.T if transposed else values
+        weight = values.T if _is_transposed(use.linear[0]) else values
         codes, scale, zero = self._codes(np.asarray(weight, np.float32), gram)
         if self.bits == 4:
             shell = maker.ctx.model.shell
             shell.ir_version = max(shell.ir_version, BLOCK_IR)
-        inputs = [maker.constant(f"{use.tensor.name}/codes", codes), _scale(maker, use, scale, dtype)]
+        inputs = [maker.constant(f"{use.tensor.name}/codes", codes), _scale(maker, use, scale, values.dtype)]
         if zero is not None:
             inputs.append(maker.constant(f"{use.tensor.name}/zero", zero))
-        attrs = {"axis": 0, "block_size": self.block} if self.block else {"axis": 1}
-        decoded = maker.tensor(f"{use.tensor.name}/decoded", TensorType(dtype, codes.shape))
-        maker.node("DequantizeLinear", inputs, [decoded], attrs, like=[use.linear[0]])
-        for node in use.linear:
-            maker.edit.set_input(node, 1, decoded)
-            node.attrs.pop("transB", None)
+        _decode(maker, use, inputs, {"axis": 0, "block_size": self.block} if self.block else {"axis": 1})
+
+    def _tied(self, maker: Maker, use: Use, values: Array) -> None:
+        """Code a table that is a factor, too, once: 8 bits per row, which the product reads transposed.
+
+        ONNX Runtime turns the codes round when it loads the model.
+        """
+        table = coded_table(values, 8, values.shape[1], symmetric=True, method=METHODS[self.method])
+        tables: dict[str, gs.Tensor] = {}
+        like, name = use.linear[0], use.tensor.name
+        for node in use.lookups:
+            look_up(maker, node, table, tables, values.dtype)
+        turned = maker.tensor(f"{name}/turned", TensorType(table.codes.dtype, values.shape[::-1]))
+        maker.node("Transpose", [tables["codes"]], [turned], {"perm": [1, 0]}, like=[like])
+        scale = table.scale.reshape(-1).astype(np.float32)
+        _decode(maker, use, [turned, _scale(maker, use, scale, values.dtype)], {"axis": 1})
 
     def _codes(self, weight: Array, gram: Gram | None) -> tuple[Array, Array, Array | None]:
         """Return codes (inputs, outputs), scales and zero points of a weight, as DequantizeLinear takes them."""
@@ -256,33 +280,59 @@ def _uses(graph: gs.Graph, ctx: Context) -> Iterator[Use]:
         if index is None or refers(node) or MARK in ctx.model.metadata(node):
             continue
         tensor = node.inputs[index]
-        if id(tensor) in seen or not is_constant(tensor) or tensor.dtype not in FLOATS or len(tensor.shape or ()) < 2:
+        if index == 1 and _is_transposed(node) and is_standard(node, "MatMul"):
+            tensor = tensor.inputs[0].inputs[0]
+        held = _held(tensor)
+        if id(tensor) in seen or held is None or held[0] not in FLOATS or len(held[1]) < 2:
             continue
         seen.add(id(tensor))
-        yield _use(graph, tensor, local)
+        yield _use(graph, tensor, local, *held)
 
 
-def _use(graph: gs.Graph, tensor: gs.Tensor, local: set[int]) -> Use:
+def _held(tensor: gs.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    """Return type and shape of a constant, unread; None for anything else."""
+    if isinstance(tensor, gs.Constant):
+        return np.dtype(tensor.dtype), tuple(tensor.shape)
+    node = constant_node(tensor)
+    values = None if node is None else node_values(node)
+    return None if values is None else (np.dtype(values.dtype), tuple(values.shape))
+
+
+def _use(graph: gs.Graph, tensor: gs.Tensor, local: set[int], dtype: np.dtype[Any], shape: tuple[int, ...]) -> Use:
     readers = list({id(n): n for n in tensor.outputs}.values())
-    kinds = [(n, _weight_index(n)) for n in readers]
-    linear = [n for n, index in kinds if index == 1 and n.inputs[0] is not tensor]
-    lookups = [n for n, index in kinds if index == 0]
-    use = Use(tensor, linear, lookups)
-    others = [n for n in readers if all(n is not m for m in (*linear, *lookups))]
-    if others or not (linear or lookups):
-        use.why = f"{others[0].op} '{label(others[0])}' reads it, too"
-        use.linear = linear or others
-    elif is_output(graph, tensor):
+    use = Use(tensor, dtype, shape, [], [])
+    for node in readers:
+        turned = _turned(graph, node)
+        if turned:
+            use.linear += turned
+        elif _weight_index(node) == 1 and node.inputs[0] is not tensor:
+            use.linear.append(node)
+        elif _weight_index(node) == 0:
+            use.lookups.append(node)
+        else:
+            use.why = use.why or f"{node.op} '{label(node)}' reads it, too"
+    if use.why:
+        return use
+    if is_output(graph, tensor):
         use.why = "it is an output of the graph"
-    elif any(id(n) not in local for n in readers):
+    elif any(id(n) not in local for n in (*readers, *use.linear)):
         use.why = "several graphs read it"
-    elif len(tensor.shape) != 2:
-        use.why = f"it has {len(tensor.shape)} dimensions, not 2"
-    elif linear and lookups:
-        use.why = "it is a table for look-ups and a factor"
-    elif len({_is_transposed(n) for n in linear}) > 1:
+    elif len(shape) != 2:
+        use.why = f"it has {len(shape)} dimensions, not 2"
+    elif len({_is_transposed(n) for n in use.linear}) > 1:
         use.why = "it is read transposed and as it is"
+    elif use.linear and use.lookups and not _is_transposed(use.linear[0]):
+        use.why = "it is a factor whose columns are looked up"
     return use
+
+
+def _turned(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
+    """Return the MatMuls that alone read what a Transpose makes of a matrix, nothing for other nodes."""
+    if not is_standard(node, "Transpose") or node.attrs.get("perm", [1, 0]) != [1, 0] or refers(node):
+        return []
+    made, readers = node.outputs[0], list({id(n): n for n in node.outputs[0].outputs}.values())
+    fine = all(is_standard(n, "MatMul") and n.inputs[1] is made and n.inputs[0] is not made for n in readers)
+    return readers if fine and not is_output(graph, made) else []
 
 
 def _weight_index(node: gs.Node) -> int | None:
@@ -295,14 +345,33 @@ def _weight_index(node: gs.Node) -> int | None:
 
 
 def _is_transposed(node: gs.Node) -> bool:
-    return bool(is_standard(node, "Gemm") and node.attrs.get("transB", 0))
+    """Tell whether a layer multiplies by its weight's transpose."""
+    if is_standard(node, "Gemm"):
+        return bool(node.attrs.get("transB", 0))
+    made_by = node.inputs[1].inputs
+    return len(made_by) == 1 and is_standard(made_by[0], "Transpose")
 
 
-def _saving(tensor: gs.Tensor, bits: int, block: int) -> float:
+def _decode(maker: Maker, use: Use, inputs: list[gs.Tensor], attrs: dict[str, Any]) -> None:
+    """Let the layers multiply by what DequantizeLinear makes of codes (inputs, outputs)."""
+    scale = inputs[1]
+    decoded = maker.tensor(
+        f"{use.tensor.name}/decoded", TensorType(scale.dtype, maker.ctx.shapes.proved(inputs[0]).shape)
+    )
+    maker.node("DequantizeLinear", inputs, [decoded], attrs, like=[use.linear[0]])
+    for node in use.linear:
+        former = node.inputs[1].inputs
+        maker.edit.set_input(node, 1, decoded)
+        node.attrs.pop("transB", None)
+        if former and is_standard(former[0], "Transpose") and not maker.edit.is_used(former[0].outputs[0]):
+            maker.edit.remove(former[0])
+
+
+def _saving(use: Use, bits: int, block: int) -> float:
     """Return the bytes that coding a weight saves, roughly."""
-    rows, columns = (int(size) for size in tensor.shape)
+    rows, columns = use.shape
     scales = rows * columns / block if block else max(rows, columns)
-    return rows * columns * (np.dtype(tensor.dtype).itemsize - bits / 8) - 3 * scales
+    return rows * columns * (use.dtype.itemsize - bits / 8) - 3 * scales
 
 
 def _request(use: Use) -> GramRequest | None:
@@ -310,7 +379,7 @@ def _request(use: Use) -> GramRequest | None:
     if not use.linear or len({id(n.inputs[0]) for n in use.linear}) != 1:
         return None
     node = use.linear[0]
-    width = int(use.tensor.shape[1 if _is_transposed(node) else 0])
+    width = use.shape[1 if _is_transposed(node) else 0]
     axis = 0 if is_standard(node, "Gemm") and node.attrs.get("transA", 0) else -1
     return GramRequest(node.inputs[0].name, width, axis)
 

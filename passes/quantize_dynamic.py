@@ -55,7 +55,7 @@ LEAST_SIZE: tuple[tuple[int, int], ...] = ((64, 4096), (16, 16384), (0, 65536))
 """(rows of x at least, elements of the weight from which the integer kernel is faster)."""
 
 USUAL_ROWS = 16
-"""Rows taken for certain where they are only known at run time."""
+"""Rows taken for certain where some are only known at run time."""
 
 LONGEST = (2**31 - 1) // (255 * 127)
 """Products that an int32 sum has room for, whatever they are."""
@@ -117,10 +117,10 @@ class QuantizeDynamic(Pass):
     def _too_small(self, node: gs.Node, ctx: Context) -> str:
         """Return why the integer kernel would be slower, empty where it would not."""
         shape = ctx.shapes.proved(node.inputs[0]).shape
-        rows = USUAL_ROWS
         known = [d for d in shape[:-1] if isinstance(d, int)] if shape is not None else []
-        if shape is not None and len(known) == len(shape) - 1:
-            rows = math.prod(known)
+        rows = math.prod(known)
+        if shape is None or len(known) < len(shape) - 1:
+            rows = max(rows, USUAL_ROWS)
         least = next(size for at_least, size in LEAST_SIZE if rows >= at_least)
         size = math.prod(node.inputs[1].shape)
         if self.any_size or size >= least:

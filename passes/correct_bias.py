@@ -105,13 +105,14 @@ class CorrectBias(Pass):
     def _full(self, edit: Edit, ctx: Context, todo: Mapping[str, IntegerLayer], mark: str) -> Iterator[Change]:
         assert ctx.reference is not None
         reference = ctx.reference()
-        known = twins(todo, reference.graph)
+        known, weights = twins(todo, reference.graph), float_weights(todo, reference.graph)
         pairs = {}
         for name, layer in todo.items():
-            if name in known:
-                pairs[name] = (layer.node.outputs[0].name, known[name].outputs[0].name, (1, layer.codes.ndim))
+            weight = weights[name]
+            if isinstance(weight, str):
+                yield Change(name, WHAT, weight)
             else:
-                yield Change(name, WHAT, "the model before quantizing has no such layer")
+                pairs[name] = (layer.node.outputs[0].name, known[name].outputs[0].name, (1, layer.codes.ndim))
         wanted = ctx.means({float_: axis for _, float_, axis in pairs.values()}, reference, self.samples)
         by_node = {id(todo[name].node): name for name in pairs}
         for level in levels(edit.graph, [todo[name].node for name in pairs]):
@@ -181,10 +182,10 @@ def _add(edit: Edit, ctx: Context, layer: IntegerLayer, shift: Array) -> None:
         ctx.constant(f"{made.name}_scale", scale),
         ctx.constant(f"{made.name}_zero_point", np.zeros(len(shift), np.int32)),
     ]
-    edit.insert_after(
-        None, [make_node("DequantizeLinear", inputs, [made], {"axis": 0}, name=ctx.fresh_name(f"{made.name}_DQ"))]
-    )
-    edit.set_input(layer.node, FORMS[layer.node.op].bias or 0, made)
+    node = make_node("DequantizeLinear", inputs, [made], {"axis": 0}, name=ctx.fresh_name(f"{made.name}_DQ"))
+    with Edit(edit.graph) as now:  # the layers behind are measured next
+        now.insert_after(None, [node])
+        now.set_input(layer.node, FORMS[layer.node.op].bias or 0, made)
 
 
 def _rounded(codes: Array) -> Array:

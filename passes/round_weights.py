@@ -53,7 +53,7 @@ class RoundWeights(Pass):
     skip: tuple[str, ...] = ()
     damping: float = DAMPING
     sweeps: int = SWEEPS
-    rows: int = 1024
+    rows: int = 256
 
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose a change for each layer."""

@@ -123,11 +123,9 @@ def look_up(maker: Maker, gather: gs.Node, table: Table, tables: dict[str, gs.Te
     flat = table.blocks == 1
     if not tables:
         base = gather.inputs[0].name
-        trim = (lambda a: a[:, 0]) if flat else (lambda a: a)
-        tables["codes"] = maker.constant(f"{base}/codes", trim(table.codes))
-        tables["scale"] = maker.constant(f"{base}/scale", trim(table.scale))
-        if table.offset is not None:
-            tables["offset"] = maker.constant(f"{base}/offset", trim(table.offset))
+        for name, part in (("codes", table.codes), ("scale", table.scale), ("offset", table.offset)):
+            if part is not None:
+                tables[name] = maker.constant(f"{base}/{name}", part[:, 0] if flat else part)
     found = {name: _node(maker, gather, "Gather", [held, indices], held.dtype) for name, held in tables.items()}
     codes = found.pop("codes")
     if table.bits == 4:

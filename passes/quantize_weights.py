@@ -256,9 +256,8 @@ class QuantizeWeights(Pass):
         found, grid = round_to_codes(
             weight, gram.matrix, bits=self.bits, block=self.block, symmetric=self.symmetric, rounded=half_where_it_fits
         )
-        flat = (lambda a: a) if self.block else (lambda a: a[0])
-        zero = None if self.symmetric else flat(grid.zero).astype(code.dtype)
-        return found.astype(code.dtype), flat(grid.scale), zero
+        scale, zero = (grid.scale, grid.zero) if self.block else (grid.scale[0], grid.zero[0])
+        return found.astype(code.dtype), scale, None if self.symmetric else zero.astype(code.dtype)
 
     def _lookups(self, maker: Maker, use: Use, values: Array) -> None:
         known = all(maker.ctx.shapes.proved(node.outputs[0]).rank is not None for node in use.lookups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def weight(*shape: int, seed: int = 0) -> Array:
 
 
 def model_of(
-    nodes: list[onnx.NodeProto], weights: dict[str, Array], inputs: dict[str, tuple[int, list[Any]]], opset: int = 21,
-    outputs: tuple[str, ...] = ("y",), kind: int = TensorProto.FLOAT,
+    nodes: list[onnx.NodeProto], weights: Mapping[str, Array], inputs: Mapping[str, tuple[int, Sequence[Any]]],
+    opset: int = 21, outputs: tuple[str, ...] = ("y",), kind: int = TensorProto.FLOAT,
 ) -> onnx.ModelProto:  # fmt: skip
     rank = 3 if nodes[-1].op_type == "Gather" else 2
     graph = helper.make_graph(
@@ -132,7 +133,7 @@ def test_codes_are_those_of_the_calibrated_code(opset: int) -> None:
 def test_codes_are_packed_on_disk(bits: int, block: int, limit: float, kind: str, tmp_path: Path) -> None:
     big = weight(2048, 512)
     node = helper.make_node("MatMul", ["x", "w"], ["y"]) if kind == "matmul" else None
-    inputs: dict[str, tuple[int, list[Any]]] = {"x": (TensorProto.FLOAT, ["n", 2048])} if node else IDS
+    inputs: Mapping[str, tuple[int, Sequence[Any]]] = {"x": (TensorProto.FLOAT, ["n", 2048])} if node else IDS
     model = model_of([node or helper.make_node("Gather", ["w", "ids"], ["y"])], {"w": big}, inputs)
     quantized(model, bits=bits, block=block).save(tmp_path / "small.onnx")
     assert (tmp_path / "small.onnx").stat().st_size < limit * big.nbytes

@@ -16,7 +16,7 @@ import pytest
 from graphopt.models.benchmarks import quantizers
 from graphopt.models.benchmarks.peers_timing import Plan
 from graphopt.models.benchmarks.quantizers_cases import CASES, Case
-from graphopt.models.benchmarks.quantizers_driver import METHODS, read_feeds, upgraded
+from graphopt.models.benchmarks.quantizers_driver import ALL_METHODS, read_feeds, upgraded
 from graphopt.models.benchmarks.quantizers_judge import Remembering, judge
 from graphopt.models.benchmarks.quantizers_table import Row, document
 
@@ -180,5 +180,5 @@ def test_the_table_shows_every_number_and_every_reason() -> None:
 
 
 def test_every_method_can_be_told_apart() -> None:
-    assert len({quantizers.slug(method) for method in METHODS}) == len(METHODS)
+    assert len({quantizers.slug(method) for method in ALL_METHODS}) == len(ALL_METHODS)
     json.dumps({name: dict(case.bound) for name, case in CASES.items()})  # they cross to another process

@@ -1,7 +1,7 @@
 """graphopt's `quantize` beside ORT's tools and NNCF: time, quality on held-out items and size, in one run.
 
     python -m venv quantizers
-    quantizers/bin/pip install onnxruntime==1.31.1 onnx==1.23.2 nncf==3.4.0
+    quantizers/bin/pip install onnxruntime==1.31.1 onnx==1.23.2 onnx_ir==1.1.0 nncf==3.4.0
     python -m graphopt.models.benchmarks.quantizers --python quantizers/bin/python --cache FOLDER \
         --output docs/quantization-figures.md [MODEL ...]
 
@@ -32,7 +32,7 @@ from graphopt.models import zoo
 from graphopt.models.benchmarks.peers import SHAPES, shapes_of
 from graphopt.models.benchmarks.peers_timing import Plan, times
 from graphopt.models.benchmarks.quantizers_cases import CASES, Case
-from graphopt.models.benchmarks.quantizers_driver import FLOAT, LOSSLESS, METHODS
+from graphopt.models.benchmarks.quantizers_driver import ALL_METHODS, FLOAT, LOSSLESS, METHODS
 from graphopt.models.benchmarks.quantizers_table import Row, document
 
 DRIVER = Path(__file__).with_name("quantizers_driver.py")
@@ -67,6 +67,11 @@ def slug(method: str) -> str:
     return method.lower().replace(" ", "-").replace(",", "")
 
 
+def methods_of(model: str) -> list[str]:
+    """Return the methods that a model is tried with."""
+    return list(ALL_METHODS if CASES[model].transformer else METHODS)
+
+
 def write_feeds(case: Case, folder: Path) -> None:
     """Write the calibration feeds, once."""
     if folder.exists():
@@ -88,7 +93,7 @@ def make(model: str, method: str, settings: Settings) -> None:
         return
     print(f"{model}: {method}", file=sys.stderr)
     failure = _drive(model, method, target, settings, 1)
-    if failure and "memory" in failure and method in METHODS:
+    if failure and "memory" in failure:
         again = _drive(model, method, target, settings, EVERY)
         if not again:
             found = json.loads(told.read_text(encoding="utf-8"))
@@ -103,7 +108,7 @@ def make(model: str, method: str, settings: Settings) -> None:
 
 def _drive(model: str, method: str, target: Path, settings: Settings, every: int) -> str:
     """Run the driver; return why it failed, or ''."""
-    folder, ours = target.parent, METHODS[method][0] == "graphopt"
+    folder, ours = target.parent, ALL_METHODS[method][0] == "graphopt"
     options = {"bound": dict(CASES[model].bound), "shapes": shapes_of(model), "transformer": CASES[model].transformer}
     command = [sys.executable if ours else settings.python, str(DRIVER), method, str(folder / f"{slug(FLOAT)}.onnx")]
     command += [str(folder / "feeds"), str(target), "--every", str(every), "--options", json.dumps(options)]
@@ -143,7 +148,7 @@ def _last(text: str) -> str:
 
 
 def _made(folder: Path) -> list[Path]:
-    names = [FLOAT, *METHODS]
+    names = [FLOAT, *methods_of(folder.name)]
     return [path for name in names if (path := folder / f"{slug(name)}.onnx").exists()]
 
 
@@ -179,7 +184,7 @@ def rows(model: str, settings: Settings) -> dict[str, Row]:
     timed = folder / "times.json"
     ratios = json.loads(timed.read_text(encoding="utf-8"))["ratios"] if timed.exists() else {}
     found = {}
-    for method in METHODS:
+    for method in methods_of(model):
         path = folder / f"{slug(method)}.onnx"
         row = Row()
         for told in (Path(f"{path}.json"), path.with_suffix(".scores.json")):
@@ -238,7 +243,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(CASES)} [default: all]")
     parser.add_argument("--python", required=True, help="Python of the peers' environment")
     parser.add_argument("--cache", type=Path, required=True, help="folder that keeps models, scores and timings")
-    parser.add_argument("--only", action="append", metavar="METHOD", help=f"of {', '.join(METHODS)} [default: all]")
+    parser.add_argument("--only", action="append", metavar="METHOD", help=f"of {', '.join(ALL_METHODS)} [default: all]")
     parser.add_argument("--again", action="append", default=[], metavar="METHOD", help="make these anew")
     parser.add_argument("--items", type=int, default=0, help="of each metric at most, for a quick look")
     parser.add_argument("--seconds", type=float, default=15.0, help="of timing per model")
@@ -250,7 +255,7 @@ def main() -> None:
     if python is None:
         parser.error(f"no such Python: {given.python}")
     for name in (*given.again, *(given.only or ())):
-        if name not in METHODS:
+        if name not in ALL_METHODS:
             parser.error(f"no such method: {name}")
     plan = Plan(seconds=given.seconds)
     settings = Settings(str(Path(python).absolute()), given.cache.absolute(), given.limit, items=given.items, plan=plan)
@@ -258,8 +263,9 @@ def main() -> None:
     for model in given.models or CASES:
         prepare(model, settings)
         forget(given.again, model, settings)
-        for method in given.only or METHODS:
-            make(model, method, settings)
+        for method in methods_of(model):
+            if not given.only or method in given.only:
+                make(model, method, settings)
         judge_all(model, settings)
         if not given.no_timing:
             time_all(model, settings)

@@ -21,7 +21,7 @@ class Case:
         items: how many of them: pictures, lines, sentences, files.
         metrics: name -> evaluation function on test items, at least 2,000 of them; the float model is the reference.
         bound: of graphopt, as its command line has it: option -> value.  Metrics here are on items that choose.
-        transformer: whether NNCF is told that the model is one.
+        transformer: whether NNCF is told that the model is one, and whether forms with weights only are made, too.
     """
 
     calibration: Callable[[int], Iterator[Mapping[str, Any]]]

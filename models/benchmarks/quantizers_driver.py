@@ -125,6 +125,20 @@ def ort_dynamic(task: Task) -> str:
     return done
 
 
+def ort_nbits(bits: int) -> Run:
+    """Return ORT's `MatMulNBitsQuantizer` with its default algorithm, in blocks of 32."""
+
+    def run(task: Task) -> str:
+        module = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+        config = module.DefaultWeightOnlyQuantConfig(block_size=32, bits=bits)
+        made = module.MatMulNBitsQuantizer(onnx.load(str(task.source)), algo_config=config)
+        made.process()
+        made.model.save_model_to_file(str(task.target), False)
+        return ""
+
+    return run
+
+
 def nncf(preset: str) -> Run:
     """Return NNCF's `quantize` with a preset."""
 
@@ -149,25 +163,32 @@ def lossless(task: Task) -> str:
     return ""
 
 
-def ours(**options: Any) -> Run:
-    """Return graphopt's `quantize`, with the bound of the case or with options of its own."""
+def ours(task: Task) -> str:
+    """Call `quantize` of graphopt with the bound of the case."""
+    return _ours(task, task.options["bound"], data=str(task.feeds))
+
+
+def our_weights(form: str, bound: Mapping[str, Any], *, samples: bool, **options: Any) -> Run:
+    """Return graphopt's `quantize` for weights only, with the samples or without."""
 
     def run(task: Task) -> str:
-        quantizer = importlib.import_module("graphopt.quantizer")
-        bound = importlib.import_module("graphopt.quality").Bound(**task.options["bound"])
-        given = options or {"bound": bound, "data": str(task.feeds)}
-        if given.get("data") == "feeds":
-            given = {**given, "data": str(task.feeds)}
-        result = quantizer.quantize(str(task.source), **given)
-        result.model.save(task.target)
-        return ""
+        return _ours(task, bound, data=str(task.feeds) if samples else None, weight_only=form, **options)
 
     return run
 
 
+def _ours(task: Task, bound: Mapping[str, Any], **options: Any) -> str:
+    quantizer = importlib.import_module("graphopt.quantizer")
+    limits = importlib.import_module("graphopt.quality").Bound(**bound)
+    result = quantizer.quantize(str(task.source), bound=limits, **options)
+    result.model.save(task.target)
+    report = result.report
+    return report.form if report.decision == "quantized" else f"the lossless model: {report.reason}"[:300]
+
+
 METHODS: dict[str, tuple[str, Run]] = {
     LOSSLESS: ("graphopt", lossless),
-    "graphopt quantize": ("graphopt", ours()),
+    "graphopt quantize": ("graphopt", ours),
     "ORT static MinMax": ("onnxruntime", ort_static("MinMax")),
     "ORT static Percentile": ("onnxruntime", ort_static("Percentile")),
     "ORT static Entropy": ("onnxruntime", ort_static("Entropy")),
@@ -177,10 +198,24 @@ METHODS: dict[str, tuple[str, Run]] = {
 }
 """Name -> distribution, and how to call it."""
 
+LOOSE = {"min_cosine": 0.9}
+"""The form is asked for by name: what it costs stands in the table."""
+
+WEIGHT_METHODS: dict[str, tuple[str, Run]] = {
+    "graphopt int8 weights": ("graphopt", our_weights("int8", LOOSE, samples=False)),
+    "graphopt int4 weights, samples": ("graphopt", our_weights("int4", LOOSE, samples=True, block=32)),
+    "graphopt int4 weights": ("graphopt", our_weights("int4", LOOSE, samples=False, block=32)),
+    "ORT int8 weights": ("onnxruntime", ort_nbits(8)),
+    "ORT int4 weights": ("onnxruntime", ort_nbits(4)),
+}
+"""The same for weights only, activations in float."""
+
+ALL_METHODS = {**METHODS, **WEIGHT_METHODS}
+
 
 def drive(method: str, task: Task) -> None:
     """Run one method and write what came of it."""
-    distribution, run = METHODS[method]
+    distribution, run = ALL_METHODS[method]
     raised = ""
     began = time.perf_counter()
     if distribution != "graphopt":
@@ -199,7 +234,7 @@ def drive(method: str, task: Task) -> None:
 def main() -> None:
     """Read the command line and do it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=ALL_METHODS)
     parser.add_argument("source", type=Path)
     parser.add_argument("feeds", type=Path)
     parser.add_argument("target", type=Path)

@@ -12,7 +12,7 @@ INTRODUCTION = """\
 Made by
 
     python -m venv quantizers
-    quantizers/bin/pip install onnxruntime==1.31.1 onnx==1.23.2 nncf==3.4.0
+    quantizers/bin/pip install onnxruntime==1.31.1 onnx==1.23.2 onnx_ir==1.1.0 nncf==3.4.0
     python -m graphopt.models.benchmarks.quantizers --python quantizers/bin/python --cache FOLDER \\
         --output docs/quantization-figures.md
 

@@ -31,6 +31,9 @@ from graphopt.sensitivity import measure as measure_noise
 ATTEMPTS = 8
 """Choices that are built and judged at most."""
 
+TIMED = 1
+"""Samples that layers are timed on: what takes most of the time is the number of models."""
+
 CLOSER = 1.15
 """Bounds on the noise nearer to each other than this are taken as one."""
 
@@ -48,6 +51,7 @@ class Recipe:
         options: of that pass, but for `only`.
         prepare: passes before it, run once: they do not depend on the choice.
         refine: passes behind it that raise accuracy, of what is judged and returned only.
+        fuse: passes behind those.
         ranges: whether it needs ranges of activations.
     """
 
@@ -57,6 +61,7 @@ class Recipe:
     options: Mapping[str, object] = field(default_factory=dict)
     prepare: tuple[spec.Step, ...] = ()
     refine: tuple[spec.Step, ...] = ()
+    fuse: tuple[spec.Step, ...] = ()
     ranges: bool = True
 
 
@@ -137,7 +142,7 @@ class LayerChoice:
         if not named:
             return cleanup
         quantize = spec.PassStep(self.recipe.quantize, {**self.recipe.options, "only": named})
-        return (quantize, *(self.recipe.refine if refined else ()), *cleanup)
+        return (quantize, *(self.recipe.refine if refined else ()), *self.recipe.fuse, *cleanup)
 
     def _built(self, steps: tuple[spec.Step, ...]) -> Model:
         settings = replace(self.settings, known=self.known)
@@ -162,7 +167,7 @@ class LayerChoice:
         names = [name for name in self.order if name in everything]
         self.progress("timing layers")
         costs = latency.measure(
-            self.canonical, self.make, names, self.samples, provider=self.settings.target.provider,
+            self.canonical, self.make, names, self.samples.limit(TIMED), provider=self.settings.target.provider,
             threads=self.settings.target.threads, budget=self.budget, progress=self.progress,
         )  # fmt: skip
         self.progress("measuring what each layer harms")

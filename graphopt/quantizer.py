@@ -51,7 +51,8 @@ LOSSLESS_SHARE = 0.35
 RECIPES = (
     Recipe(
         "static int8", "quantize-static", frozenset({"Conv", "MatMul", "Gemm"}), {"ranges": "mse"},
-        refine=spec.parse("round-weights, correct-bias"),
+        prepare=spec.parse("widen-channels{multiple=16}"),
+        refine=spec.parse("round-weights, correct-bias"), fuse=spec.parse("fuse-into-codes"),
     ),
     Recipe(
         "dynamic int8", "quantize-dynamic", frozenset({"MatMul", "Gemm"}), prepare=spec.parse("smooth-quant"),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analysis.constants import array_of, is_constant
+from graphopt.analysis.constants import array_of, is_constant, scalar_of
 from graphopt.analysis.placement import Coded, Layer, Placement, layers, output_axis, place
 from graphopt.base import Change, Context, Pass
 from graphopt.codes import Affine, WeightMethod, activation_code, weight_code
@@ -37,6 +37,12 @@ Array = np.ndarray[Any, Any]
 
 LEAST_OPSET = 13
 """DequantizeLinear has a scale per channel from here on."""
+
+HARD_SWISH_HALF = 3.0
+"""Where HardSwish begins and ends to be linear, on either side of 0."""
+
+LEAST_STEPS = 8
+"""A scale is made larger by at most one part in so many, to make a length a whole number of steps."""
 
 LARGEST_BIAS = float(2**30)
 """An int32 bias beyond this leaves no room for the products that are added to it."""
@@ -117,7 +123,8 @@ class QuantizeStatic(Pass):
             if problem:
                 ctx.notes.append(f"tensor '{coded.tensor.name}': {problem}")
             found.append(calibration.range(coded.tensor.name, self.ranges))
-        return activation_code(min(r.low for r in found), max(r.high for r in found), ACTIVATION)
+        code = activation_code(min(r.low for r in found), max(r.high for r in found), ACTIVATION)
+        return _whole(code, members[0].tensor) if len(members) == 1 else code
 
 
 def _inner(graph: gs.Graph) -> Iterator[Change]:
@@ -291,6 +298,27 @@ class _Writer:
         node = make_node("DequantizeLinear", inputs, [made], attrs, name=ctx.fresh_name(f"{name}_DQ"))
         edit.insert_after(None, [node])
         return made
+
+
+def _whole(code: Affine, tensor: gs.Tensor) -> Affine:
+    """Return a code with a slightly larger scale, so that fuse-into-codes finds whole numbers of steps."""
+    producer = tensor.inputs[0] if tensor.inputs else None
+    scale = float(code.scale)
+    for length in (
+        HARD_SWISH_HALF if any(is_standard(n, "HardSwish") for n in tensor.outputs) else 0.0,
+        _shift(producer),
+    ):
+        steps = int(length / scale)
+        if steps >= LEAST_STEPS:
+            return Affine(np.asarray(length / steps, np.float32), code.zero_point)
+    return code
+
+
+def _shift(node: gs.Node | None) -> float:
+    """Return the size of the constant that an Add adds, 0 for anything else."""
+    if node is None or not is_standard(node, "Add"):
+        return 0.0
+    return next((abs(float(value)) for t in node.inputs if (value := scalar_of(t)) is not None), 0.0)
 
 
 def _roomy(code: Affine, bias: Array, input_scale: float) -> Affine:

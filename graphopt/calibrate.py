@@ -38,8 +38,8 @@ Array: TypeAlias = npt.NDArray[Any]
 
 __all__ = ["BUDGET", "Calibration", "calibrate"]
 
-LIMIT = 1 << 16
-"""Values of a tensor that are counted of each sample, unless the caller says otherwise: with a hundred samples some 300
+LIMIT = 1 << 15
+"""Values of a tensor that are counted of each sample, unless the caller says otherwise: with a hundred samples some 160
 values on either side tell where the 99.99th percentile is."""
 
 BUDGET = 1 << 28

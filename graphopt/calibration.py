@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from graphopt.errors import DataError, did_you_mean
 from graphopt.external import atomic_write
-from graphopt.histogram import CHUNK, Histogram, within
+from graphopt.histogram import Histogram, within
 from graphopt.ranges import Range, find_range
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -31,6 +31,8 @@ FORMAT = 1
 _HEADER = "calibration"
 _SAFE = 1e15
 """Values up to which (and down to its inverse) squares are summed in float32."""
+_ROW = 4096
+"""Values that are summed in float32; their sums are added in float64."""
 
 
 @dataclass
@@ -131,10 +133,11 @@ class TensorStatistics:
 
     def _add_sums(self, flat: Array, largest: float) -> None:
         kind: Any = np.float32 if 1 / _SAFE < largest < _SAFE else np.float64
-        for start in range(0, flat.size, CHUNK):
-            part = flat[start : start + CHUNK].astype(kind, copy=False)
-            self.total += float(part.sum())
-            self.squares += float(np.square(part).sum())
+        whole = flat.size // _ROW * _ROW
+        for rows in (flat[:whole].reshape(-1, _ROW), flat[whole:].reshape(1, -1)):
+            self.total += float(np.einsum("ij->i", rows, dtype=kind, casting="same_kind").sum(dtype=np.float64))
+            squares = np.einsum("ij,ij->i", rows, rows, dtype=kind, casting="same_kind")
+            self.squares += float(squares.sum(dtype=np.float64))
 
     def _add_channels(self, values: Array, axis: int) -> None:
         if not -values.ndim <= axis < values.ndim:

@@ -164,6 +164,26 @@ class Average:
         return self.low_sum / self.weight, self.high_sum / self.weight
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Bins of an array that values are counted in: coarse up to `floor`, fine from there to `top` (octaves).
+
+    Attributes:
+        signed: negative values have as many bins, before those of the others and in reverse.
+        lasting: it serves later values too.
+    """
+
+    floor: int
+    top: int
+    signed: bool
+    lasting: bool
+
+    @property
+    def size(self) -> int:
+        """Bins on each side."""
+        return (self.floor << COARSE_BITS) + ((self.top - self.floor) << FINE_BITS)
+
+
 class Histogram:
     """Counts of all values added, with the exact smallest and largest, and averages of the samples' extremes."""
 
@@ -175,6 +195,7 @@ class Histogram:
         self.count = 0
         self.averages = [Average(c) for c in SMOOTHINGS]
         self._waiting: list[npt.NDArray[np.float32]] = []
+        self._counting: tuple[Layout, Counts] | None = None
 
     def add(
         self, values: npt.NDArray[np.float32], low: float, high: float, *, limit: int | None = None, phase: int = 0
@@ -201,44 +222,68 @@ class Histogram:
             return
         self._waiting.append(values.copy())
         if sum(v.size for v in self._waiting) >= WAITING:
-            self.flush()
+            self._count_waiting()
 
-    def flush(self) -> None:
-        """Count what waits."""
+    def _count_waiting(self) -> None:
         if self._waiting:
             waiting, self._waiting = np.concatenate(self._waiting), []
             self._count(waiting)
 
+    def flush(self) -> None:
+        """Bring both sides up to date."""
+        self._count_waiting()
+        self._close()
+
     def _count(self, values: npt.NDArray[np.float32], weight: int = 1) -> None:
-        largest = np.float32(max(abs(self.low), abs(self.high))).view(np.int32)
-        floor = self._floor(values)
-        signed = self.low < 0
-        size = (floor << COARSE_BITS) + (((int(largest) >> 23) + 1 - floor) << FINE_BITS)
-        counts = np.zeros(2 * size if signed else size, np.int64)
+        layout, counts = self._open(values)
         for start in range(0, values.size, CHUNK):
             bits = values[start : start + CHUNK].view(np.int32)
-            keys = _keys(bits, floor)
-            if signed:
+            keys = _keys(bits, layout.floor)
+            if layout.signed:
                 keys ^= bits >> 31  # turns key k of a negative value into -1 - k
-                keys += np.int32(size)
-            counts += np.bincount(keys, minlength=len(counts))
-        counts *= weight
-        if signed:
-            self.negative.add(counts[:size][::-1], floor)
-            counts = counts[size:]
-        self.positive.add(counts, floor)
+                keys += np.int32(layout.size)
+            found = np.bincount(keys, minlength=len(counts))
+            if weight > 1:
+                found *= weight
+            counts += found
+        if not layout.lasting:
+            self._close()
 
-    def _floor(self, values: npt.NDArray[np.float32]) -> int:
-        """Return the octave from which on these values must be counted finely."""
+    def _open(self, values: npt.NDArray[np.float32]) -> tuple[Layout, Counts]:
+        """Return where these values can be counted: where the last ones were, if they fit there."""
+        top = int(np.float32(max(abs(self.low), abs(self.high))).view(np.int32)) >> 23
+        signed = self.low < 0
+        if self._counting is not None and top < self._counting[0].top and signed == self._counting[0].signed:
+            return self._counting
+        self._close()
+        floor, final = self._floor(values)
+        top = max(top + 1, floor)
+        layout = Layout(floor, top, signed, final and top - floor <= 2 * FINE)
+        self._counting = layout, np.zeros(2 * layout.size if signed else layout.size, np.int64)
+        return self._counting
+
+    def _close(self) -> None:
+        """Give what was counted to its sides."""
+        if self._counting is None:
+            return
+        (layout, counts), self._counting = self._counting, None
+        if layout.signed:
+            self.negative.add(counts[: layout.size][::-1], layout.floor)
+            counts = counts[layout.size :]
+        self.positive.add(counts, layout.floor)
+
+    def _floor(self, values: npt.NDArray[np.float32]) -> tuple[int, bool]:
+        """Return the octave from which on these values must be counted finely, and whether later ones need no lower."""
         sides = [self.positive, self.negative] if self.low < 0 else [self.positive]
         known = [side.occupied() for side in sides]
-        if any(len(octaves) < FINE for octaves in known):
+        final = all(len(octaves) >= FINE for octaves in known)
+        if not final:
             bits = values.view(np.int32)
             for side, octaves in zip(sides, known, strict=True):
                 mine = bits[bits >= 0] if side is self.positive else bits[bits < 0] & _MAGNITUDE
                 octaves.update(np.flatnonzero(np.bincount(mine >> 23)).tolist())
         lowest = [sorted(octaves - {0}, reverse=True)[:FINE][-1] for octaves in known if octaves - {0}]
-        return min(lowest, default=1)
+        return min(lowest, default=1), final
 
     def merge(self, other: Histogram) -> None:
         """Add another histogram's values; its samples come after this one's, which matters for averages only."""

@@ -1,4 +1,4 @@
-"""Calibration: what it tells, that it can be split and resumed, that its memory is bounded, what it says of bad data."""
+"""Calibration: what it tells, that it can be split and resumed, that memory is bounded, what it says of bad data."""
 
 from __future__ import annotations
 

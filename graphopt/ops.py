@@ -19,6 +19,9 @@ DEQUANTIZE = frozenset({"DequantizeLinear"})
 KEEP_UNFOLDED = DEQUANTIZE
 """Deterministic operators whose constant inputs are worth more than their result: quantized weights."""
 
+DECODES = "graphopt.decodes"
+"""Metadata of nodes that decode stored weights, as the pass that put them in: folding them here would undo it."""
+
 COMMUTATIVE = frozenset(
     {
         "Add", "Mul", "And", "Or", "Xor", "Equal", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
@@ -122,6 +125,12 @@ BLOCKED_THROUGH = frozenset(
     }
 )  # fmt: skip
 """What ORT computes in the blocked layout where its inputs have it already."""
+
+HOMOGENEOUS = frozenset({"Abs", "Dropout", "Identity", "LeakyRelu", "Neg", "PRelu", "Relu"})
+"""Elementwise with f(c x) = c f(x) for every c > 0."""
+
+CHANNEL_POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"})
+"""Make each channel (axis 1) of its own elements alone, and f(c x) = c f(x) for every c > 0."""
 
 NEVER_FAILS = UNARY - {"Cast", "Dropout", "Clip"} | {"Shape", "Size", "Softmax", "LogSoftmax"}
 """Operators that run for every input of a type that they take."""

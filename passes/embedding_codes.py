@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis.shapes import TensorType
 from graphopt.codes import WeightMethod, weight_code
 from graphopt.edit import replace_output
+from graphopt.ops import DECODES
 
 from .new_nodes import Maker
 
@@ -150,12 +151,8 @@ def _node(
 ) -> gs.Tensor:
     made = maker.tensor(f"{gather.outputs[0].name}/{op}", TensorType(np.dtype(dtype), None))
     node = maker.node(op, inputs, [made], attrs, like=[gather])
-    maker.ctx.model.metadata(node)[MARK] = "1"
+    maker.ctx.model.metadata(node)[DECODES] = "quantize-weights"
     return made
-
-
-MARK = "graphopt.quantize-weights"
-"""Metadata of nodes that decode: their tables are not weights to be coded again."""
 
 
 def _unpacked(maker: Maker, gather: gs.Node, packed: gs.Tensor) -> gs.Tensor:

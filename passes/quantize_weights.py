@@ -29,10 +29,10 @@ from graphopt.codes import weight_code
 from graphopt.edit import Edit, drop_declared, is_output, label
 from graphopt.gptq import round_to_codes
 from graphopt.layer_inputs import Gram, GramRequest
-from graphopt.ops import is_standard
+from graphopt.ops import DECODES, is_standard
 from graphopt.registry import register
 
-from .embedding_codes import MARK, SINCE, coded_table, half_where_it_fits, look_up
+from .embedding_codes import SINCE, coded_table, half_where_it_fits, look_up
 from .new_nodes import Maker
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -241,7 +241,8 @@ class QuantizeWeights(Pass):
         for node in use.lookups:
             look_up(maker, node, table, tables, values.dtype)
         turned = maker.tensor(f"{name}/turned", TensorType(table.codes.dtype, values.shape[::-1]))
-        maker.node("Transpose", [tables["codes"]], [turned], {"perm": [1, 0]}, like=[like])
+        node = maker.node("Transpose", [tables["codes"]], [turned], {"perm": [1, 0]}, like=[like])
+        maker.ctx.model.metadata(node)[DECODES] = "quantize-weights"
         scale = table.scale.reshape(-1).astype(np.float32)
         _decode(maker, use, [turned, _scale(maker, use, scale, values.dtype)], {"axis": 1})
 
@@ -276,7 +277,7 @@ def _uses(graph: gs.Graph, ctx: Context) -> Iterator[Use]:
     seen: set[int] = set()
     for node in graph.nodes:
         index = _weight_index(node)
-        if index is None or refers(node) or MARK in ctx.model.metadata(node):
+        if index is None or refers(node) or DECODES in ctx.model.metadata(node):
             continue
         tensor = node.inputs[index]
         if index == 1 and _is_transposed(node) and is_standard(node, "MatMul"):
@@ -392,5 +393,6 @@ def _scale(maker: Maker, use: Use, scale: Array, dtype: np.dtype[Any]) -> gs.Ten
     if stored.dtype != np.float16 or scale.size < OVERHEAD // 2:
         return maker.constant(name, scale.astype(dtype))
     made = maker.tensor(f"{name}/cast", TensorType(dtype, scale.shape))
-    maker.node("Cast", [maker.constant(name, stored)], [made], {"to": 1}, like=[use.linear[0]])
+    node = maker.node("Cast", [maker.constant(name, stored)], [made], {"to": 1}, like=[use.linear[0]])
+    maker.ctx.model.metadata(node)[DECODES] = "quantize-weights"
     return made

@@ -11,7 +11,8 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis.constants import is_deterministic, node_values, refers
 from graphopt.analysis.shapes import TensorType
 from graphopt.exporter import untouched
-from graphopt.ops import KEEP_UNFOLDED, NOT_LARGER, is_standard
+from graphopt.importer import origin
+from graphopt.ops import DECODES, KEEP_UNFOLDED, NOT_LARGER, is_standard
 from graphopt.tensors import LazySparse
 
 _OVERHEAD = 24
@@ -44,6 +45,9 @@ def _may_fold(node: gs.Node, opset: int) -> bool:
         values = node_values(node)
         return values is not None and not isinstance(values, LazySparse)
     if not is_deterministic(node, opset) or node.op in KEEP_UNFOLDED or refers(node):
+        return False
+    held = origin(node)
+    if held is not None and DECODES in held.metadata:
         return False
     return bool(node.inputs) and not any(isinstance(a, gs.Graph) for a in node.attrs.values())
 

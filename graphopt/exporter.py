@@ -224,9 +224,11 @@ def _constant_info(constant: gs.Constant) -> ValueInfoProto:
 
 
 def _info_of(constant: gs.Constant, info: ValueInfoProto) -> ValueInfoProto:
-    """Return the type that the file states of a constant, as long as a pass has not given it another element type."""
-    stated = info.type.tensor_type.elem_type
-    return info if stated in (0, onnx_dtype(constant.dtype)) else _constant_info(constant)
+    """Return the type that the file states of a constant, unless a pass has given it another element type since."""
+    came_from = origin(constant)
+    if not isinstance(came_from, LazyTensor | LazySparse | np.ndarray) or came_from.dtype == constant.dtype:
+        return info
+    return _constant_info(constant)
 
 
 def _output_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto]:

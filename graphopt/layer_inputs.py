@@ -27,6 +27,9 @@ Array: TypeAlias = np.ndarray[Any, Any]
 CHUNK_BYTES = 1 << 24
 """Bytes of rows that are made and multiplied at a time."""
 
+LARGEST = 1e15
+"""Magnitude from which on values are left out: sums of their squares would pass the range of float32."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -89,7 +92,7 @@ class Gram:
         matrix: XᵀX, summed over the rows: float64, (width, width), or (group, width, width) of several groups.
         total: sum of the rows: float64, (width,) or (group, width).
         count: number of rows.
-        dropped: rows left out because they held NaN or infinities.
+        dropped: rows left out because they held NaN, infinities or values from `LARGEST` on.
     """
 
     matrix: Array
@@ -135,10 +138,10 @@ class Gram:
             DataError: the tensor has not the layout that the request says.
         """
         for rows in row_chunks(request, values, limit, rng):
-            finite = np.isfinite(rows).all(axis=(1, 2))
-            if not finite.all():
-                self.dropped += int((~finite).sum())
-                rows = rows[finite]  # noqa: PLW2901  (the same rows, less some)
+            usable = (np.abs(rows) < LARGEST).all(axis=(1, 2))
+            if not usable.all():
+                self.dropped += int((~usable).sum())
+                rows = rows[usable]  # noqa: PLW2901  (the same rows, less some)
             self.count += len(rows)
             self.total += rows.sum(axis=0, dtype=np.float64).reshape(self.total.shape)
             if request.group == 1:

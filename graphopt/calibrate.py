@@ -26,7 +26,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.calibration import Calibration
-from graphopt.errors import DataError, ModelError, did_you_mean
+from graphopt.errors import DataError, ModelError, SpecError, did_you_mean
 from graphopt.exporter import inline
 from graphopt.external import digest
 from graphopt.model import INLINE_LIMIT, Model, Source, load
@@ -83,7 +83,8 @@ def calibrate(
         samples: feeds, iterated once or more often.
         tensors: of the main graph, inputs among them; None for all that are floats and no constants.
         budget: bytes that the fetched tensors of one sample may take.
-        jobs: processes, through joblib: its backends may be other machines.  Same result for any number.
+        jobs: processes, through joblib, -1 for one on each core; its backends may be other machines.  The result is the
+            same for any number.
         channels: name -> channel axis, for tensors that are to have statistics of each channel too.
         seed: of which values are looked at where `limit` leaves some out.
         resume: a file that keeps the state: written as samples are done, and read when it is there.  Samples that it
@@ -95,7 +96,10 @@ def calibrate(
     Raises:
         DataError: no samples, or they do not fit the model; the state in `resume` is of another model.
         ModelError: the main graph has no such tensor.
+        SpecError: no processes, or no values to count.
     """
+    if jobs == 0 or (limit is not None and limit < 1):
+        raise SpecError(f"calibration needs processes and values to count, not jobs={jobs} and limit={limit}")
     model = load(model)
     axes = dict(channels or {})
     names = list(dict.fromkeys([*(activations(model) if tensors is None else tensors), *axes]))
@@ -369,6 +373,8 @@ def count_chunk(
         values = fetch(session, feeds, names)
         add(found, values, settings, index)
         most = max(most, total_bytes(values))
+    for held in found.tensors.values():
+        held.histogram.flush()  # what is sent back is smaller so
     return found, len(chunk[1]), most
 
 

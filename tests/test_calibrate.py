@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from onnx import helper
 
 import graphopt.calibrate
+import graphopt.runtime
 from graphopt.calibrate import calibrate, chunks
 from graphopt.calibration import Calibration, TensorStatistics
-from graphopt.errors import DataError, ModelError
+from graphopt.errors import DataError, ModelError, SpecError
 from graphopt.histogram import WAITING
 from graphopt.ranges import METHODS
 from graphopt.runtime import Session
@@ -228,6 +229,14 @@ def test_chunks_keep_every_sample_and_are_bounded() -> None:
     assert [len(part) for _, part in chunks(large, 0)] == [2, 2]
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_models_beyond_one_message_are_calibrated_from_a_file(monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
+    whole = calibrate(model(), ragged(3))
+    monkeypatch.setattr(graphopt.runtime, "INLINE_LIMIT", -1)
+    monkeypatch.setattr(graphopt.calibrate, "INLINE_LIMIT", -1)
+    same(whole, calibrate(model(), ragged(3), jobs=jobs))
+
+
 def test_errors_of_other_processes_are_ours() -> None:
     feeds = [*ragged(5), {"x": np.zeros((2, 9), np.float32)}]
     with pytest.raises(DataError, match="ONNX Runtime fails on these feeds"):
@@ -314,6 +323,12 @@ def test_no_samples() -> None:
         calibrate(model(), [])
     with pytest.raises(DataError, match="once only"):
         calibrate(model(), iter(ragged(3)))
+
+
+@pytest.mark.parametrize("options", [{"jobs": 0}, {"limit": 0}])
+def test_nothing_to_work_with(options: dict[str, int]) -> None:
+    with pytest.raises(SpecError, match="processes and values"):
+        calibrate(model(), ragged(1), **options)  # type: ignore[arg-type]
 
 
 def test_unknown_tensors() -> None:
@@ -436,3 +451,35 @@ def test_what_waits_to_be_counted_changes_nothing(seed: int) -> None:
         other.add("t", array)
         other.range("t", "percentile")  # counts what waits
     same(one, other)
+
+
+MINILM = """
+import resource, sys
+import numpy as np
+from graphopt.calibrate import calibrate
+from graphopt.model import load
+from graphopt.models import zoo
+from graphopt.samples import Samples
+
+def feeds():
+    rng = np.random.default_rng(0)
+    for _ in range(int(sys.argv[1])):
+        ids = rng.integers(1000, 20000, (1, int(rng.integers(4, 65))))
+        yield {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+model = load(zoo.fetch("minilm-torchscript"))
+calibrate(model, Samples(feeds, "ragged"), [n.inputs[0].name for n in model.graph.nodes if n.op == "MatMul"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.zoo
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss differs elsewhere")
+def test_ten_thousand_sentences_need_no_more_memory_than_a_thousand() -> None:
+    peaks = []
+    for count in (1000, 10_000):
+        ran = subprocess.run([sys.executable, "-c", MINILM, str(count)], capture_output=True, text=True, check=True)
+        peaks.append(int(ran.stdout) / 1024)
+    # the second makes 7.4 billion values, 30 GB; allocators keep some pages of each new shape
+    assert peaks[1] - peaks[0] < 40, peaks

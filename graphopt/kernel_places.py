@@ -97,14 +97,19 @@ def assign_kernels(
         matches: what the kernels stand for in it.
         optimized: the graph that ORT made.
     """
-    labels = [label(node) for node in model.nodes()]
+    nodes = list(model.nodes())
+    labels = [label(node) for node in nodes]
     wanted = set(layers)
+    made = {name: layer for layer in wanted for name in places.outputs.get(layer, ())}
     constants = {i.name for i in optimized.graph.initializer}
     anchors: dict[str, str] = {i.name: i.name for i in optimized.graph.input}
     found: list[tuple[str, ...]] = []
     for kernel in matches.kernels:
         own = [labels[i] for i in kernel.stands]
         layer = next((name for name in own if name in wanted), None)
+        if layer is None:  # one that became several nodes: the last of them makes what it made
+            results = (t.name for i in kernel.stands for t in nodes[i].outputs)
+            layer = next((made[name] for name in results if name in made), None)
         kept = [t for name in own for t in places.outputs.get(name, ())]
         before = [anchors[name] for name in kernel.node.input if name in anchors]
         anchor = next((t for t in reversed(kept) if places.at(t)), None) or next(iter(before), None)
@@ -114,7 +119,9 @@ def assign_kernels(
             found.append((layer,))
         else:
             found.append(places.at(anchor) if anchor is not None else ())
+    new = [not any(labels[i] in places.known for i in kernel.stands) for kernel in matches.kernels]
     _from_behind(found, matches, constants)
+    _towards(found, matches, new, wanted)
     return found
 
 
@@ -128,6 +135,22 @@ def _from_behind(found: list[tuple[str, ...]], matches: Matches, constants: set[
         behind = {found[r] for name in node.output for r in readers.get(name, ())}
         if len(behind) == 1:
             found[k] = behind.pop()
+
+
+def _towards(found: list[tuple[str, ...]], matches: Matches, new: Sequence[bool], wanted: set[str]) -> None:
+    """Let what prepares the input of one layer depend on that layer, be it not among the nearest of the tensor."""
+    readers = _readers(matches)
+    ahead: dict[int, set[str]] = {}
+    for k in reversed(range(len(found))):
+        reached: set[str] = set()
+        for reader in (r for name in matches.kernels[k].node.output for r in readers.get(name, ())):
+            if len(found[reader]) == 1:
+                reached.update(found[reader])
+            elif new[reader]:
+                reached |= ahead.get(reader, set())
+        ahead[k] = reached & wanted
+        if new[k] and len(ahead[k]) == 1 and len(found[k]) > 1 and not ahead[k] <= set(found[k]):
+            found[k] = (*ahead[k], *found[k])[:NEAREST]
 
 
 def _readers(matches: Matches) -> Mapping[str, list[int]]:

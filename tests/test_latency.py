@@ -245,3 +245,32 @@ def test_no_layers() -> None:
     found = latency.measure(model, lambda int8: quantized(model, int8), [], feeds(1), budget=0.1)
     assert found.predict(()) > 0.0
     assert solve(found.problem({})).picks == {}
+
+
+def test_layers_that_become_several_nodes_are_found() -> None:
+    weights = {f"w{n}": (RNG.standard_normal((64, 64)) / 8).astype(np.float32) for n in range(3)}
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w0"], ["a"], "first"),
+        onnx.helper.make_node("Relu", ["a"], ["b"], "relu"),
+        onnx.helper.make_node("MatMul", ["b", "w1"], ["c"], "second"),
+        onnx.helper.make_node("MatMul", ["b", "w2"], ["d"], "third"),
+        onnx.helper.make_node("Add", ["c", "d"], ["y"], "sum"),
+    ]
+    shape = [8, 64]
+    graph = onnx.helper.make_graph(
+        nodes, "net",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+        [onnx.numpy_helper.from_array(w, n) for n, w in weights.items()],
+    )  # fmt: skip
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    proto.ir_version = 8
+    model = load(proto)
+    names = ["first", "second", "third"]
+    subject = kernel_times.Subject(Pipeline("quantize-dynamic").run(model).model, frozenset(names))
+    kernel_times.run_all([subject], [{"x": np.ones(shape, np.float32)}], budget=0.05, rounds=1)
+    assert subject.matches is not None
+    assert subject.optimized is not None
+    groups = assign_kernels(Places(model, names), names, subject.model, subject.matches, subject.optimized)
+    found = dict(zip((k.node.op_type + k.node.name for k in subject.matches.kernels), groups, strict=True))
+    assert {group[0] for kernel, group in found.items() if "MatMul" in kernel and len(group) == 1} == set(names), found

@@ -22,7 +22,7 @@ from graphopt.exporter import Exporter, Place, inline, put_inline, untouched
 from graphopt.external import ModelFile, atomic_write, digest
 from graphopt.importer import Importer, NodeOrigin, Values, opset_of, origin, shell_of
 from graphopt.sanity import check_graphs, check_proto
-from graphopt.tensors import LazySparse, LazyTensor, mappings, onnx_dtype, release
+from graphopt.tensors import LazySparse, LazyTensor, mappings, onnx_dtype, release, stored_bytes
 from graphopt.wire import MAPPED
 
 Source: TypeAlias = "str | Path | onnx.ModelProto | Model"
@@ -62,7 +62,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """About how many bytes the model takes on disk: its structure and its weights."""
-        return int(self.proto.ByteSize()) + sum(int(v.nbytes) for v in self.weights)
+        return int(self.proto.ByteSize()) + sum(map(stored_bytes, self.weights))
 
     def same_as(self, other: Snapshot) -> bool:
         """Tell whether both hold the same model (weights are compared by identity, then by value)."""
@@ -224,7 +224,7 @@ class Model:
 
     def weight_bytes(self) -> int:
         """Return the bytes of all weights, in initializers or elsewhere; nothing is read."""
-        return sum(int(values.nbytes) for values in self.weights())
+        return sum(map(stored_bytes, self.weights()))
 
     def emitted_bytes(self) -> int:
         """Return about how many bytes the model takes on disk: its structure and its weights."""

@@ -32,6 +32,7 @@ from graphopt.optimizer import DEFAULT_OPSET, Shapes, default_pipeline, optimize
 from graphopt.pipeline import Pipeline, Result, Settings, size_of
 from graphopt.quality import Bound, Quality, QualityCheck, split
 from graphopt.quantization_report import LayerRow, QuantizationReport, Tried
+from graphopt.runtime import available_providers
 from graphopt.samples import Feeds, Samples
 from graphopt.timing import prepare
 
@@ -62,6 +63,9 @@ RECIPES = (
 """Forms with integer arithmetic; each is tried where its layers do at least `LEAST_SHARE` of the work."""
 
 LEAST_SHARE = 0.2
+
+BLOCKS_OPSET = 21
+"""DequantizeLinear takes blocks and 4 bits from here on."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,11 @@ class Request:
             raise SpecError("weight-only and another precision exclude each other", hint="leave out one of them")
 
 
-WEIGHT_ONLY: Mapping[str, str] = {
-    "int8": "quantize-weights{bits=8}",
-    "int4": "quantize-weights{bits=4}",
-    "nf4": "compress-weights{code=nf4}",
-    "codebook": "compress-weights{code=codebook}",
+WEIGHT_ONLY: Mapping[str, spec.PassStep] = {
+    "int8": spec.PassStep("quantize-weights", {"bits": 8}),
+    "int4": spec.PassStep("quantize-weights", {"bits": 4, "block": 32}),
+    "nf4": spec.PassStep("compress-weights", {"levels": "nf4", "bits": 4}),
+    "codebook": spec.PassStep("compress-weights", {"levels": "kmeans"}),
 }
 """Forms that keep float arithmetic: what makes them."""
 
@@ -231,13 +235,20 @@ class _Task:
             return None
         if self._check is None:
             self._check = QualityCheck(
-                self.original, self.judging, self.request.bound, self.request.seed, provider=self.request.provider
+                self.original, self.judging, self.request.bound, self.request.seed, provider=self._runs_on()
             )
         return self._check.of(model)
 
+    def _runs_on(self) -> str:
+        """Return the provider that results are judged on: this machine may not have the one that they are for."""
+        wanted = self.request.provider
+        if self.request.precision == "int8" and self.request.weight_only is None:
+            return wanted
+        return wanted if wanted in available_providers() else "cpu"
+
     def _prefix(self) -> tuple[spec.Step, ...]:
-        """Return the canonical stage of the lossless engine."""
-        return default_pipeline(DEFAULT_OPSET, "canonical").steps
+        """Return the canonical stage of the lossless engine; blocks and 4 bits are of a later opset."""
+        return default_pipeline(DEFAULT_OPSET if self.request.weight_only is None else BLOCKS_OPSET, "canonical").steps
 
     def _fastest(self) -> Quantized:
         request = self.request
@@ -345,7 +356,7 @@ class _Task:
 
     def _named(self) -> Quantized:
         """Return what a form that was asked for by name makes of the canonical model."""
-        form, steps = named_form(self.request)
+        form, steps = named_form(self.request, sampled=self.calibrating is not None)
         pipeline = Pipeline((*self._prefix(), *steps))
         self.progress(form)
         made = pipeline.run(self.original, samples=self.calibrating, settings=self.settings)
@@ -354,6 +365,9 @@ class _Task:
         rows = [LayerRow(miss["where"], "", "float", miss["why"]) for miss in record.blocked]
         tried = Tried(form, record.changes, None, quality)
         self.tried.append(tried)
+        notes = list(record.notes)
+        if quality is not None and self._runs_on() != self.request.provider:
+            notes.append(f"judged on {self._runs_on()}: {self.request.provider} is not in the installed ONNX Runtime")
         if record.status != "changed":
             why = "; ".join(sorted({row.why for row in rows})[:3]) or "nothing in it takes this form"
             report = self._report(made.model, rows, decision="lossless", reason=why, form="float")
@@ -363,7 +377,9 @@ class _Task:
                 f"{form} misses the bound: {'; '.join(quality.failures)}",
                 hint="loosen it (--min-sqnr, --min-agreement, --max-drop), or ask for another form",
             )
-        return self._finished(Candidate(form, made.model, pipeline, quality, rows, tried), None)
+        result = self._finished(Candidate(form, made.model, pipeline, quality, rows, tried), None)
+        result.report.notes += notes
+        return result
 
     def _smallest(self) -> Quantized:
         """Return the smallest file among the weight-only forms that keep the bound."""
@@ -409,17 +425,18 @@ class _Task:
         return Quantized(model, report)
 
 
-def named_form(request: Request) -> tuple[str, tuple[spec.PassStep, ...]]:
+def named_form(request: Request, *, sampled: bool) -> tuple[str, tuple[spec.PassStep, ...]]:
     """Return a form that was asked for by name in words, and its passes; the first makes it."""
     cleanup = spec.PassStep("eliminate-dead")
     if request.precision == "fp16":
         return "fp16", (spec.PassStep("convert-fp16"), cleanup)
     name = request.weight_only or ""
-    (step,) = spec.pass_steps(spec.parse(WEIGHT_ONLY[name]))
-    options = dict(step.options)
+    options = dict(WEIGHT_ONLY[name].options)
     if request.block is not None:
         options["block"] = request.block
-    return f"weight-only {name}", (spec.PassStep(step.name, options), cleanup)
+    if sampled and WEIGHT_ONLY[name].name == "quantize-weights" and options["bits"] < 8:
+        options["method"] = "gptq"
+    return f"weight-only {name}", (spec.PassStep(WEIGHT_ONLY[name].name, options), cleanup)
 
 
 def work_share(model: Model, recipe: Recipe, feed: Feeds) -> float:

@@ -74,6 +74,14 @@ def is_float(dtype: np.dtype[Any] | None) -> bool:
     return dtype.kind == "f" or (dtype.kind == "V" and dtype.name.startswith(("bfloat", "float")))
 
 
+def stored_bytes(values: LazyTensor | LazySparse | np.ndarray[Any, Any]) -> int:
+    """Return the bytes that values take in a file: NumPy keeps numbers of 4 bits in a byte each."""
+    if isinstance(values, np.ndarray) and values.dtype.kind != "O":
+        bits = _BITS.get(onnx_dtype(values.dtype))
+        return int(values.nbytes) if bits is None else (values.size * bits + 7) // 8
+    return int(values.nbytes)
+
+
 def byte_size(data_type: int, dims: Sequence[int], name: str) -> int:
     """Return the bytes that `raw_data` of this type and shape must have (strings: 0).
 

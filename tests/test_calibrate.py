@@ -215,9 +215,11 @@ def test_a_sample_above_the_budget_halves_its_group(monkeypatch: pytest.MonkeyPa
     assert ["z", "y"] in sessions
 
 
-def test_several_processes_tell_the_same() -> None:
+@pytest.mark.parametrize("limit", [None, 50])
+def test_several_processes_tell_the_same(limit: int | None) -> None:
     feeds = ragged(70)
-    same(calibrate(model(), feeds, channels={"z": 1}), calibrate(model(), feeds, channels={"z": 1}, jobs=2))
+    one, two = (calibrate(model(), feeds, channels={"z": 1}, jobs=jobs, limit=limit) for jobs in (1, 2))
+    same(one, two)
 
 
 def test_chunks_keep_every_sample_and_are_bounded() -> None:

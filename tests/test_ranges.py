@@ -74,6 +74,23 @@ def test_histograms_add_up_in_any_order(samples: list[list[float]], cut: int, ra
         assert (together.low, together.high, together.count) == (other.low, other.high, other.count)
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.booleans())
+def test_counting_where_the_last_sample_was_counted_changes_nothing(seed: int, spread: int, signed: bool) -> None:
+    rng = np.random.default_rng(seed)
+    together, merged = Histogram(), Histogram()
+    for phase in range(12):
+        scale = 2.0 ** rng.uniform(-spread, spread) if phase % 3 else 1.0
+        values = np.asarray(rng.normal(size=60) * 2.0 ** rng.uniform(-spread / 2, spread / 2, 60) * scale, np.float32)
+        values = values if signed and phase > 4 else np.abs(values)
+        one = Histogram()
+        for held in (together, one):
+            held.add(values, float(values.min()), float(values.max()), limit=25, phase=phase)  # counted at once
+        merged.merge(one)
+    mine, its = together.bins(), merged.bins()
+    for field in ("low", "high", "counts"):
+        np.testing.assert_array_equal(getattr(mine, field), getattr(its, field))
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=200))
 def test_every_value_is_counted_in_a_bin_that_holds_it(values: list[float]) -> None:
     array = np.array(values, np.float32)

@@ -11,10 +11,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import array_of, is_constant
+from graphopt.analysis.quantized import dequantized
 from graphopt.base import Context
 from graphopt.edit import Edit
 from graphopt.half import FLOAT, INDIFFERENT, PRECISE
-from graphopt.ops import is_standard
+from graphopt.ops import DEQUANTIZE, QUANTIZE, is_standard
 
 from .half_ports import Ports, ports
 
@@ -112,6 +113,8 @@ def survey(edit: Edit, ctx: Context) -> Survey:
     found = Survey(ctx, edit)
     for node in edit.graph.nodes:
         answer = ports(node, found.opset, found.is_float)
+        if isinstance(answer, Ports) and _on_codes(edit, node):
+            answer = "it computes on quantized values, perhaps in an integer kernel"
         if answer is not None:
             found.nodes[id(node)] = node
         if isinstance(answer, Ports):
@@ -123,8 +126,17 @@ def survey(edit: Edit, ctx: Context) -> Survey:
     return found
 
 
+def _on_codes(edit: Edit, node: gs.Node) -> bool:
+    """Tell whether a node stands right behind DequantizeLinear or right before QuantizeLinear."""
+    if any(dequantized(tensor) for tensor in node.inputs):
+        return True
+    return any(is_standard(reader, *QUANTIZE) for tensor in node.outputs for reader in edit.consumers(tensor))
+
+
 def _note_whole(found: Survey, node: gs.Node) -> None:
     """Take down which outputs come of integers (or sizes) and constants alone."""
+    if is_standard(node, *DEQUANTIZE):
+        return  # codes stand for any number
     read = [t for t in node.inputs if t.name]
     from_integers = all(is_constant(t) or id(t) in found.whole or found.is_float(t) is False for t in read)
     if is_standard(node, "Shape", "Size") or (read and from_integers):

@@ -320,6 +320,31 @@ def test_functions_custom_operators_bfloat16_and_double_are_left_alone() -> None
     assert {kinds(result)[n] for n in ("e", "k")} == {"DOUBLE", "BFLOAT16"}
 
 
+@pytest.mark.usefixtures("eager")
+def test_integer_kernels_stay_whole() -> None:
+    text = """g (float[4, 8] x) => (float[4, 8] y) <float s = {0.1}, uint8 z = {128}> {
+        a = Neg (x)  b = Relu (a)  q = QuantizeLinear (b, s, z)  d = DequantizeLinear (q, s, z)  e = Sigmoid (d)
+        r = QuantizeLinear (e, s, z)  f = DequantizeLinear (r, s, z)  h = Tanh (f)  y = Abs (h) }"""
+    result = run(text)
+    found = reasons(result)
+    assert {n: "quantized values" in found[n] for n in ("b", "e", "h")} == dict.fromkeys("beh", True)
+    assert {kinds(result).get(n) for n in ("a", "y/float16")} == {"FLOAT16"}
+
+
+@pytest.mark.usefixtures("eager")
+def test_without_samples_large_numbers_spread_until_something_settles_them() -> None:
+    text = """g (float[1, 2048] x) => (float[1, 2048] y, float[1, 2048] c) <float n = {0.0005}> {
+        e = Exp (x)  a = Neg (e)  t = Tanh (a)  y = Abs (t)
+        s = ReduceSum <keepdims = 1> (x)  m = Mul (s, n)  c = Sub (x, m) }"""
+    result = run(text)
+    found = reasons(result)
+    assert "e^x" in found["e"]
+    assert found["a"] == "'e' may be too large for float16 (samples would tell)"
+    assert found["t"] == "'a' may be too large for float16 (samples would tell)"
+    assert "'s' may be too large" in found["m"]
+    assert set(found) == {"e", "a", "t", "s", "m"}
+
+
 def test_tables_name_operators_of_onnx() -> None:
     known = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
     assert set(CUDA_HALF) | set(RISKS) | set(PRECISE) <= known

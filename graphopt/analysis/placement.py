@@ -146,7 +146,10 @@ def output_axis(node: gs.Node) -> int:
     """Return the axis of a layer's weight that is its output channel, counted from the front."""
     if node.op == "Gemm":
         return 0 if node.attrs.get("transB", 0) else 1
-    return OUTPUT_AXIS[node.op] % len(node.inputs[1].shape)
+    weight = node.inputs[1]
+    if weight.shape is None and weight.inputs:  # codes from elsewhere, and nobody has inferred shapes
+        weight = weight.inputs[0].inputs[0]
+    return OUTPUT_AXIS[node.op] % len(weight.shape)
 
 
 def place(graph: gs.Graph, chosen: Iterable[gs.Node], shapes: Shapes, provider: str, opset: int) -> Placement:

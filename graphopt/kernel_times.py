@@ -1,8 +1,8 @@
 """Models timed side by side: seconds of whole runs, and of each kernel that ORT runs.
 
-Rounds of fresh sessions in another order each time, since other work on the machine comes in bursts and where weights
-come to lie in memory matters; the fastest runs count, since other work only ever adds.  One session gives both: first
-it runs with profiling, then without.
+All models are loaded at once and run in laps, each once per lap, so that what else the machine does meets all of them
+alike; the quietest laps count, the same ones for all.  Some rounds of fresh sessions, since where weights come to lie
+in memory matters.  One session gives both: first it runs with profiling, then without.
 """
 
 from __future__ import annotations
@@ -11,53 +11,61 @@ import bisect
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
+from graphopt.importer import paused_gc
 from graphopt.model import Model, load
 from graphopt.profile import is_readable
 from graphopt.runtime import Feeds, Session
 from graphopt.trace import Matches, Trace
 
+Array: TypeAlias = npt.NDArray[np.float64]
+Call: TypeAlias = Callable[[], object]
+
 ROUNDS = 3
-"""Times that each model is loaded anew and run."""
+"""Times that each model is loaded anew."""
 
-FASTEST = 0.1
-"""Part of the runs that counts.  Their mean: ORT's clock has steps of 1 µs."""
+QUIET = 0.25
+"""Part of the laps that counts."""
 
-_LEAST_RUNS, _MOST_RUNS = 4, 200
+AT_ONCE = 2 << 30
+"""Bytes of weights that are loaded at once; models beyond that are timed in several groups."""
+
+_LEAST_LAPS, _MOST_LAPS = 3, 200
+_PROFILED_LAPS = 60  # at most: reading an event takes longer than a small kernel
+
+_VISIT = 0.004
+"""Seconds that a visit to a model should last, its first run (caches are cold) not counted."""
 
 
 @dataclass
 class Subject:
-    """A model to time: its kernels' samples of seconds by feed, and those of whole runs."""
+    """A model to time, and what was found.
+
+    Attributes:
+        model: in the form that runs.
+        int8: its layers in int8.
+        seconds: per run, the mean over feeds.
+        kernels: seconds per run by the name in ORT's profile; nodes of inner graphs are there too.
+        ops: their operators.
+        matches: what ORT's nodes stand for; None where its graph cannot be read.
+        optimized: that graph, without the values of its initializers.
+    """
 
     model: Model
     int8: frozenset[str]
-    kernels: dict[str, list[list[float]]] = field(default_factory=dict)
+    seconds: float = float("nan")
+    kernels: dict[str, float] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)
-    totals: list[list[float]] = field(default_factory=list)
     matches: Matches | None = None
     optimized: onnx.ModelProto | None = None
-
-    def seconds(self) -> float:
-        """Return seconds per run, the mean over feeds."""
-        return float(np.mean([_fast(row) for row in self.totals]))
-
-    def kernel_seconds(self) -> dict[str, float]:
-        """Return seconds per run of each kernel, as `seconds`."""
-        return {name: sum(_fast(row) for row in rows if row) / len(rows) for name, rows in self.kernels.items()}
-
-
-def _fast(samples: Sequence[float]) -> float:
-    """Return the mean of the fastest runs."""
-    ordered = np.sort(samples)
-    return float(ordered[: max(1, int(np.ceil(FASTEST * len(ordered))))].mean())
 
 
 def run_all(
@@ -71,13 +79,13 @@ def run_all(
     rounds: int = ROUNDS,
     profile: bool = True,
 ) -> None:
-    """Run all models in rounds and note in them what runs and kernels take.
+    """Time all models and note in them what runs and kernels take.
 
     Args:
         subjects: the models.
-        feeds: what each is run on.
+        feeds: what each is run on, one per lap in turn.
         provider: short name of the execution provider.
-        threads: ORT's intra-op threads.
+        threads: ORT's intra-op threads; with one, whole runs are timed by processor time.
         budget: seconds for all runs, about; loading comes on top.
         progress: takes short sentences about what is going on.
         rounds: how often each model is loaded.
@@ -87,37 +95,123 @@ def run_all(
         ModelError: ORT refuses a model.
         DataError: the feeds do not fit.
     """
-    rng = np.random.default_rng(0)
     clock = time.thread_time if threads == 1 and provider == "cpu" else time.perf_counter
-    share = budget / (rounds * len(subjects))
-    for number in range(rounds):
-        if progress is not None:
-            progress(f"timing {len(subjects)} models, round {number + 1} of {rounds}")
-        for k in rng.permutation(len(subjects)):
-            _run(subjects[int(k)], feeds, share, clock, provider=provider, threads=threads, profile=profile)
+    for group in _groups(subjects):
+        laps = _Laps(group, feeds, clock, profile=profile)
+        for number in range(rounds):
+            if progress is not None:
+                progress(f"timing {len(group)} models, round {number + 1} of {rounds}")
+            sessions = [_session(subject, provider, threads, profile=profile) for subject in group]
+            laps.run(sessions, budget * len(group) / (len(subjects) * rounds))
+        laps.finish()
 
 
-def _run(
-    subject: Subject, feeds: Sequence[Feeds], seconds: float, clock: Callable[[], float], *,
-    provider: str, threads: int, profile: bool,
-) -> None:  # fmt: skip
-    """Run one model in a session of its own: with `profile`, half of the time so, then without."""
-    session = _session(subject, provider, threads, profile=profile)
-    calls = [session.prepared(feed) for feed in feeds]  # runs each once
-    begun = time.perf_counter()
-    for call in calls:
-        call()
-    single = (time.perf_counter() - begun) / len(calls)
-    runs = int(np.clip(seconds / ((1 + profile) * single * len(calls)), _LEAST_RUNS, _MOST_RUNS))
-    if profile:
-        for call in calls * runs:
-            call()
-        _read_profile(subject, session.profile_events(), skip=2 * len(calls), feeds=len(calls))
-    subject.totals = subject.totals or [[] for _ in calls]
-    for k, call in list(enumerate(calls)) * runs:
-        begun = clock()
-        call()
-        subject.totals[k].append(clock() - begun)
+def _groups(subjects: Sequence[Subject]) -> Iterator[Sequence[Subject]]:
+    """Yield groups of models that are loaded together."""
+    largest = max((subject.model.weight_bytes() for subject in subjects), default=0)
+    count = max(1, AT_ONCE // max(largest, 1))
+    for begin in range(0, len(subjects), count):
+        yield subjects[begin : begin + count]
+
+
+class _Laps:
+    """Samples of all models of a group: entry k of each row is of lap k."""
+
+    def __init__(
+        self, subjects: Sequence[Subject], feeds: Sequence[Feeds], clock: Callable[[], float], *, profile: bool
+    ) -> None:
+        self.subjects, self.feeds, self.clock, self.profile = subjects, feeds, clock, profile
+        self.rng = np.random.default_rng(0)
+        self.wholes: list[list[float]] = [[] for _ in subjects]
+        self.profiled: list[list[float]] = [[] for _ in subjects]
+        self.kernels: list[list[dict[str, float]]] = [[] for _ in subjects]
+
+    def run(self, sessions: Sequence[Session], seconds: float) -> None:
+        """Run laps with these sessions, as many as the time allows for."""
+        calls = [[session.prepared(feed) for feed in self.feeds] for session in sessions]
+        single = [max(1e-6, min(_timed(call, time.perf_counter) for call in row * 2)) for row in calls]
+        repeats = [int(np.clip(round(_VISIT / one), 2, 5)) for one in single]
+        lap = sum(one * (1 + repeat) for one, repeat in zip(single, repeats, strict=True))
+        count = int(np.clip(seconds / ((1 + self.profile) * lap), _LEAST_LAPS, _MOST_LAPS))
+        count = -(-count // len(self.feeds)) * len(self.feeds)  # each feed as often
+        with paused_gc():
+            if self.profile:
+                laps = min(count, -(-_PROFILED_LAPS // len(self.feeds)) * len(self.feeds))
+                self._rows(calls, repeats, laps)
+                for k, session in enumerate(sessions):
+                    self._read(k, session.profile_events(), 3 * len(self.feeds), laps, 1 + repeats[k])
+            for row, found in zip(self.wholes, self._rows(calls, repeats, count), strict=True):
+                row.extend(found)
+
+    def _rows(self, calls: Sequence[Sequence[Call]], repeats: Sequence[int], count: int) -> list[list[float]]:
+        """Return for each model the fastest run of each lap."""
+        rows: list[list[float]] = [[] for _ in calls]
+        for lap in range(count):
+            for k in self.rng.permutation(len(calls)):
+                call = calls[k][lap % len(self.feeds)]
+                call()
+                rows[k].append(min(_timed(call, self.clock) for _ in range(repeats[k])))
+        return rows
+
+    def _read(self, k: int, events: Sequence[Mapping[str, Any]], skip: int, laps: int, runs: int) -> None:
+        """Note what a profile says of each lap: its fastest run, and the fastest of each kernel."""
+        ran = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))[skip:]
+        begins = [float(e["ts"]) for e in ran]
+        spent: list[dict[str, list[float]]] = [defaultdict(list) for _ in range(laps)]
+        sums: dict[tuple[int, str], float] = defaultdict(float)
+        for event in events:
+            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+                run = bisect.bisect_right(begins, float(event["ts"])) - 1
+                name = event["name"].removesuffix("_kernel_time")
+                self.subjects[k].ops.setdefault(name, event["args"].get("op_name", ""))
+                if run >= 0 and run % runs:
+                    sums[run, name] += float(event["dur"]) / 1e6
+        for (run, name), value in sums.items():
+            spent[run // runs][name].append(value)
+        self.kernels[k].extend({name: _middle(values) for name, values in row.items()} for row in spent)
+        warm = [float(e["dur"]) / 1e6 for e in ran]
+        self.profiled[k].extend(min(warm[lap * runs + 1 : (lap + 1) * runs]) for lap in range(laps))
+
+    def finish(self) -> None:
+        """Write into the models what the quiet laps say."""
+        quiet = _quiet(np.array(self.wholes), len(self.feeds))
+        for subject, row in zip(self.subjects, self.wholes, strict=True):
+            subject.seconds = float(np.mean([np.median(np.array(row)[laps]) for laps in quiet]))
+        if not self.profile:
+            return
+        quiet = _quiet(np.array(self.profiled), len(self.feeds))
+        for subject, rows in zip(self.subjects, self.kernels, strict=True):
+            samples: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in quiet])
+            for place, laps in enumerate(quiet):
+                for lap in laps:
+                    for name, value in rows[lap].items():
+                        samples[name][place].append(value)
+            subject.kernels = {
+                name: sum(_middle(values) for values in row if values) / len(quiet) for name, row in samples.items()
+            }
+
+
+def _quiet(times: Array, feeds: int) -> list[npt.NDArray[np.intp]]:
+    """Return for each feed the laps in which all models together were fastest, each beside its own usual time."""
+    slow = (times / np.median(times, axis=1, keepdims=True)).mean(axis=0)
+    found = []
+    for feed in range(feeds):
+        laps = np.arange(feed, times.shape[1], feeds)
+        best = laps[np.argsort(slow[laps], kind="stable")]
+        found.append(best[: max(2, int(np.ceil(QUIET * len(best))))])
+    return found
+
+
+def _middle(values: Sequence[float]) -> float:
+    """Return the mean of the faster half: ORT's clock has steps of 1 µs, and a median would keep them."""
+    ordered = np.sort(values)
+    return float(ordered[: (len(ordered) + 1) // 2].mean())
+
+
+def _timed(call: Call, clock: Callable[[], float]) -> float:
+    begun = clock()
+    call()
+    return clock() - begun
 
 
 def _session(subject: Subject, provider: str, threads: int, *, profile: bool) -> Session:
@@ -143,21 +237,3 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         tensor.Clear()
         tensor.name = name
     return model
-
-
-def _read_profile(subject: Subject, events: Sequence[Mapping[str, Any]], skip: int, feeds: int) -> None:
-    """Note the kernel times of all runs but the first `skip`; those of inner graphs are part of what holds them."""
-    begins = sorted(float(e["ts"]) for e in events if e["name"] == "model_run")
-    spent: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for event in events:
-        if event["cat"] != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        run = bisect.bisect_right(begins, float(event["ts"])) - 1
-        name = event["name"].removesuffix("_kernel_time")
-        subject.ops.setdefault(name, event["args"].get("op_name", ""))
-        if run >= skip:
-            spent[name][run] += float(event["dur"]) / 1e6
-    for name, by_run in spent.items():
-        rows = subject.kernels.setdefault(name, [[] for _ in range(feeds)])
-        for run, value in by_run.items():
-            rows[run % feeds].append(value)

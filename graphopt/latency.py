@@ -12,8 +12,8 @@ orthogonal array of strength three, and each row of it says which layers are int
 that meet are then seen in all their combinations, twice: so every table is filled from measurements, and that of
 a single layer from half of all models each.  Source: Hedayat, Sloane, Stufken, Orthogonal Arrays (1999), chapter 7.
 
-Kernel times are read off ORT's profiles of interleaved runs, the fastest of each, since other work on the machine only
-ever adds.  Whole runs without profiling (by processor time where one thread works) then correct the tables.
+Kernel times are read off ORT's profiles, all models run side by side (`kernel_times.py`).  Whole runs without
+profiling then correct the tables.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def _columns(layers: Sequence[str], near: Mapping[str, set[str]], width: int) ->
 
 def fit(places: Places, layers: tuple[str, ...], subjects: Sequence[Subject]) -> LatencyModel:
     """Return the latency model that explains what was measured."""
-    measured = tuple(Measured(s.int8, s.seconds(), len(s.kernels)) for s in subjects)
+    measured = tuple(Measured(s.int8, s.seconds, len(s.kernels)) for s in subjects)
     if any(s.matches is None for s in subjects):
         return _from_totals(layers, measured)
     spent = [_by_place(places, layers, subject) for subject in subjects]
@@ -311,7 +311,7 @@ def _by_place(places: Places, layers: Iterable[str], subject: Subject) -> dict[t
     named = subject.matches.of(subject.ops)
     outer = {id(node) for node in subject.optimized.graph.node}
     found: dict[tuple[str, ...], tuple[float, int]] = {}
-    for name, seconds in subject.kernel_seconds().items():
+    for name, seconds in subject.kernels.items():
         k = named.get(name)
         if k is not None and id(subject.matches.kernels[k].node) not in outer:
             continue

@@ -209,7 +209,7 @@ def test_all_kernel_time_is_told_of() -> None:
     places = Places(model, LAYERS)
     (subject,) = subjects_of(model, [frozenset(LAYERS[:2])])
     by_place = latency._by_place(places, LAYERS, subject)
-    assert sum(s for s, _ in by_place.values()) == pytest.approx(sum(subject.kernel_seconds().values()))
+    assert sum(s for s, _ in by_place.values()) == pytest.approx(sum(subject.kernels.values()))
     assert sum(n for _, n in by_place.values()) == len(subject.kernels)
 
 

@@ -157,14 +157,12 @@ def measured(case: Case, tried: Sequence[Tried], budget: float) -> list[Tried]:
     """Return the assignments with their measured latency, relative to float in the same rounds, and SQNR."""
     nothing = frozenset[str]()
     subjects = [case.subject(int8) for int8 in dict.fromkeys([nothing, *(t.int8 for t in tried)])]
-    for subject in subjects:
-        subject.totals.clear()
-    run_all(subjects, case.feeds[:1], budget=budget, rounds=5, profile=False)
-    base = case.subject(nothing).seconds()
+    run_all(subjects, case.feeds[:1], budget=budget, profile=False)
+    base = case.subject(nothing).seconds
     layers = tuple(dict.fromkeys(t.int8 for t in tried))
     models = {int8: case.subject(int8).model for int8 in layers}
     noise = {i: sensitivity.noise_of(case.canonical, model, case.judging) for i, model in models.items()}
-    ratios = {i: case.subject(i).seconds() / base for i in layers}
+    ratios = {i: case.subject(i).seconds / base for i in layers}
     return [replace(t, measured=ratios[t.int8], sqnr=decibels(noise[t.int8])) for t in tried]
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt.analysis.constants import array_of, constant_node, is_constant, refers
+from graphopt.analysis.constants import array_of, constant_node, refers
 from graphopt.analysis.shapes import TensorType
 from graphopt.base import Change, Context, Exactness, Pass
 from graphopt.codes import Codebook, codebook_code, normal_float_code, power_of_two_code
@@ -32,7 +32,7 @@ from graphopt.edit import Edit, drop_declared, is_output, label
 from graphopt.ops import DECODES, WEIGHTED, is_standard
 from graphopt.registry import register
 
-from .embedding_codes import half_where_it_fits
+from .embedding_codes import half_where_it_fits, held_type
 from .flush_denormals import LINEAR
 from .new_nodes import Maker
 
@@ -71,6 +71,8 @@ class CompressWeights(Pass):
         levels: kmeans, nf4 or power-of-two.
         bits: 8 or 4.
         block: neighbours in memory that share a scale; 0 for one scale per output channel.
+        light: share of all elements whose codes keep 8 bits, smallest weights first: those of depthwise convolutions
+            and first layers count most for their size.
         only: globs of layer names; empty for all.
         skip: globs of layer names that stay.
     """
@@ -80,6 +82,7 @@ class CompressWeights(Pass):
     levels: str = "kmeans"
     bits: int = 8
     block: int = 0
+    light: float = 0.1
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -96,15 +99,12 @@ class CompressWeights(Pass):
         """Propose one change per weight."""
         gone: set[int] = set()
         local = {id(node) for node in graph.nodes}
-        seen: set[int] = set()
-        for node in list(graph.nodes):
-            for index in sorted(READS.get(node.op, ())) if is_standard(node) and not refers(node) else ():
-                tensor = node.inputs[index] if index < len(node.inputs) else None
-                if tensor is None or id(tensor) in seen or not is_constant(tensor) or not self._chosen(node):
-                    continue
-                seen.add(id(tensor))
-                if DECODES not in ctx.model.metadata(node):
-                    yield from self._weight(graph, ctx, node, index, local, gone)
+        weights = list(_weights(graph, ctx))
+        small = _smallest([size for _, _, size in weights], self.light)
+        for node, index, size in weights:
+            if self._chosen(node):
+                bits = 8 if size <= small else self.bits
+                yield from dataclasses.replace(self, bits=bits)._weight(graph, ctx, node, index, local, gone)
         for holder in ctx.model.graphs() if gone else ():
             drop_declared(holder, gone)
 
@@ -119,7 +119,7 @@ class CompressWeights(Pass):
         """Propose the change of one weight, whose values are read now."""
         tensor = node.inputs[index]
         values = array_of(tensor)
-        if values is None or values.dtype not in FLOATS or values.ndim < 2 or self._saving(values) < OVERHEAD:
+        if values is None or self._saving(values) < OVERHEAD:
             return
         what = f"{self.bits}-bit {self.levels} levels for '{tensor.name}'"
         why = _why_not(graph, tensor, values, local)
@@ -221,6 +221,27 @@ class Decoder:
         node = self.maker.node(op, inputs, [made], attrs, like=[self.reader])
         self.maker.ctx.model.metadata(node)[DECODES] = "compress-weights"
         return made
+
+
+def _weights(graph: gs.Graph, ctx: Context) -> Iterator[tuple[gs.Node, int, int]]:
+    """Yield the first reader of each weight, the input that it reads it by, and the number of elements."""
+    seen: set[int] = set()
+    for node in graph.nodes:
+        if not is_standard(node) or refers(node) or DECODES in ctx.model.metadata(node):
+            continue
+        for index in sorted(READS.get(node.op, ())):
+            held = held_type(node.inputs[index]) if index < len(node.inputs) else None
+            if held is None or held[0] not in FLOATS or len(held[1]) < 2 or id(node.inputs[index]) in seen:
+                continue
+            seen.add(id(node.inputs[index]))
+            yield node, index, int(np.prod(held[1], dtype=np.int64))
+
+
+def _smallest(sizes: Sequence[int], share: float) -> int:
+    """Return the largest size up to which all sizes add up to no more than a share of their sum."""
+    distinct, counts = np.unique(np.asarray(sizes, np.int64), return_counts=True)
+    fitting = distinct[np.cumsum(distinct * counts) <= share * sum(sizes)]
+    return int(fitting[-1]) if len(fitting) else 0
 
 
 def _why_not(graph: gs.Graph, tensor: gs.Tensor, values: Array, local: set[int]) -> str:

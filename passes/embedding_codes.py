@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt.analysis.constants import constant_node, node_values
 from graphopt.analysis.shapes import TensorType
 from graphopt.codes import WeightMethod, weight_code
 from graphopt.edit import replace_output
@@ -58,6 +59,15 @@ class Table:
     def nbytes(self) -> int:
         """Bytes stored."""
         return sum(int(part.nbytes) for part in (self.codes, self.scale, self.offset) if part is not None)
+
+
+def held_type(tensor: gs.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    """Return type and shape of a constant, unread; None for anything else."""
+    if isinstance(tensor, gs.Constant):
+        return np.dtype(tensor.dtype), tuple(tensor.shape)
+    node = constant_node(tensor)
+    values = None if node is None else node_values(node)
+    return None if values is None else (np.dtype(values.dtype), tuple(values.shape))
 
 
 def half_where_it_fits(scale: Array) -> Array:

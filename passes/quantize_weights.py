@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analysis.constants import array_of, constant_node, is_constant, node_values, refers
+from graphopt.analysis.constants import array_of, constant_node, is_constant, refers
 from graphopt.analysis.shapes import TensorType
 from graphopt.base import Change, Context, Exactness, Pass
 from graphopt.codes import weight_code
@@ -32,7 +32,7 @@ from graphopt.layer_inputs import Gram, GramRequest
 from graphopt.ops import DECODES, is_standard
 from graphopt.registry import register
 
-from .embedding_codes import SINCE, coded_table, half_where_it_fits, look_up
+from .embedding_codes import SINCE, coded_table, half_where_it_fits, held_type, look_up
 from .new_nodes import Maker
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -282,20 +282,11 @@ def _uses(graph: gs.Graph, ctx: Context) -> Iterator[Use]:
         tensor = node.inputs[index]
         if index == 1 and _is_transposed(node) and is_standard(node, "MatMul"):
             tensor = tensor.inputs[0].inputs[0]
-        held = _held(tensor)
+        held = held_type(tensor)
         if id(tensor) in seen or held is None or held[0] not in FLOATS or len(held[1]) < 2:
             continue
         seen.add(id(tensor))
         yield _use(graph, tensor, local, *held)
-
-
-def _held(tensor: gs.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
-    """Return type and shape of a constant, unread; None for anything else."""
-    if isinstance(tensor, gs.Constant):
-        return np.dtype(tensor.dtype), tuple(tensor.shape)
-    node = constant_node(tensor)
-    values = None if node is None else node_values(node)
-    return None if values is None else (np.dtype(values.dtype), tuple(values.shape))
 
 
 def _use(graph: gs.Graph, tensor: gs.Tensor, local: set[int], dtype: np.dtype[Any], shape: tuple[int, ...]) -> Use:

@@ -201,6 +201,28 @@ def test_folding_does_not_undo_it(spec: str, name: str) -> None:
     assert relative(evaluate(result.proto, feed_of(shape))["y"], evaluate(model, feed_of(shape))["y"]) < 0.13
 
 
+def test_light_weights_keep_eight_bits() -> None:
+    """A small layer before a large one: nearly all bytes are the large one's, much of the error the small one's."""
+    shapes = {"small": (64, 64), "large": (64, 1024)}
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "small"], ["h"]), helper.make_node("MatMul", ["h", "large"], ["y"])], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 1024])],
+        [numpy_helper.from_array(weight(*shape), name) for name, shape in shapes.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=7)
+    for light, bits in (
+        (0.0, {"small": 4, "large": 4}),
+        (0.1, {"small": 8, "large": 4}),
+        (1.0, {"small": 8, "large": 8}),
+    ):
+        result = compressed(model, bits=4, light=light).proto
+        codes = {t.name: numpy_helper.to_array(t).size for t in result.graph.initializer}
+        assert {name: 8 * codes[f"{name}/codes"] // np.prod(shape) for name, shape in shapes.items()} == {
+            "small": small, "large": large,
+        }  # fmt: skip
+
+
 def test_layers_by_name() -> None:
     model = MODELS["MatMul"][0]
     assert compressed(model, only='["other*"]').report.passes[0].changes == 0

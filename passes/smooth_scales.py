@@ -79,10 +79,8 @@ class _Measure:
 
     def __init__(self, channels: ChannelStatistics, weights: Sequence[Array]) -> None:
         self.channels = channels
-        joined = [np.abs(np.asarray(w, np.float64)) for w in weights]
-        whole = np.concatenate(joined, axis=1) if len(joined) > 1 else joined[0]
-        every = max(1, math.ceil(whole.size / ELEMENTS))
-        self.weight = whole[:, ::every]
+        every = max(1, math.ceil(sum(w.size for w in weights) / ELEMENTS))
+        self.weight = np.concatenate([np.abs(w[:, ::every].astype(np.float64)) for w in weights], axis=1)
         self.rows = np.square(self.weight).sum(axis=1)
         self.largest = np.maximum(self.weight.max(axis=1, initial=0.0), 1e-12)
         self.signal = max(float((channels.square * self.rows).sum()), 1e-300)

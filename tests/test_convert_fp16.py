@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -413,3 +416,13 @@ def test_zoo(name: str) -> None:
     ):
         # deep models: hundreds of operators, whose roundings add up
         assert np.abs(wanted - found).max() <= 0.01 * np.abs(wanted).max(), key
+
+
+def test_command_line(tmp_path: Path) -> None:
+    source, target = tmp_path / "m.onnx", tmp_path / "half.onnx"
+    onnx.save(convs(), source)
+    command = [sys.executable, "-m", "graphopt", "run", str(source), "-p", "convert-fp16", "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "largest error" in done.stdout
+    assert onnx.load(target).graph.initializer[0].data_type == TensorProto.FLOAT16

@@ -155,6 +155,8 @@ def test_large_values_are_thinned_for_the_histogram_only() -> None:
 def test_merged_parts_equal_one_run(cuts: list[int], seed: int, reverse: bool) -> None:
     rng = np.random.default_rng(seed)
     samples = [np.asarray(rng.standard_t(2, size=(int(rng.integers(0, 9)), 3)), np.float32) for _ in range(40)]
+    for sample in samples[::7]:
+        sample[:1, :1] = rng.choice([np.nan, np.inf, 0.0])
     whole = Calibration()
     for sample in samples:
         whole.add("t", sample, 1)

@@ -119,7 +119,7 @@ def measure(
         limit: how many.
         provider: short name of the execution provider.
         threads: ORT's intra-op threads.
-        budget: seconds, about; where single layers would take longer, neighbours are measured together.
+        budget: seconds, about; where the layers that are left would take longer, neighbours are measured together.
         progress: takes short sentences about what is going on.
 
     Raises:
@@ -135,20 +135,31 @@ def measure(
         return reference.noise(Session(make(frozenset(group)), threads=threads, provider=provider))
 
     say = progress or _silent
-    begun = time.perf_counter()
     together = noise(layers) if layers else 0.0
-    each = time.perf_counter() - begun
     found: dict[str, float] = {}
-    groups = _grouped(layers, budget, each)
+    groups: list[tuple[str, ...]] = []
     broken: list[str] = []
-    for number, group in enumerate(groups):
-        say(f"noise of layer {number + 1} of {len(groups)}")
+    begun = time.perf_counter()
+    while len(found) + len(broken) < len(layers):
+        done = len(found) + len(broken)
+        size = _group_size(len(layers) - done, budget - (time.perf_counter() - begun), len(groups), budget)
+        group = tuple(layers[done : done + size])
+        say(f"noise of layer {done + 1} of {len(layers)}")
         value = noise(group)
         if math.isfinite(value):
             found.update(dict.fromkeys(group, value / len(group)))
         else:
             broken.extend(group)
+        groups.append(group)
     return Sensitivity(found, together, tuple(g for g in groups if len(g) > 1), tuple(broken), len(feeds))
+
+
+def _group_size(layers: int, left: float, done: int, budget: float) -> int:
+    """Return how many of the layers that are left to measure together, so that the seconds left suffice for all."""
+    if not done:
+        return 1
+    each = (budget - left) / done
+    return -(-layers // max(1, int(left / max(each, 1e-9))))
 
 
 def noise_of(
@@ -166,13 +177,6 @@ def noise_of(
 
 def _silent(text: str) -> None:
     """Say nothing."""
-
-
-def _grouped(layers: Sequence[str], budget: float, each: float) -> list[tuple[str, ...]]:
-    """Return the layers one by one, or runs of neighbours where the budget does not reach for that."""
-    count = max(1, min(len(layers), int(budget / max(each, 1e-9))))
-    bounds = np.linspace(0, len(layers), count + 1).round().astype(int)
-    return [tuple(layers[a:b]) for a, b in itertools.pairwise(bounds) if b > a]
 
 
 @dataclass

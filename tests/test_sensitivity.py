@@ -79,18 +79,17 @@ def test_neighbours_share_where_time_is_short() -> None:
         return network(int8)
 
     found = measure(network(), make, LAYERS, feeds(), budget=0.0)
-    assert made == [frozenset(LAYERS)] * 2
-    assert found.groups == (tuple(LAYERS),)
-    assert found["a"] == found["b"] == found["c"]
-    assert sum(found.values()) == pytest.approx(sum(g**2 for g in GAINS.values()), rel=0.1)
+    assert made == [frozenset(LAYERS), {"a"}, {"b", "c"}]
+    assert found.groups == (("b", "c"),)
+    assert found["b"] == found["c"] == pytest.approx((GAINS["b"] ** 2 + GAINS["c"] ** 2) / 2, rel=0.1)
 
 
-@pytest.mark.parametrize(("budget", "count"), [(10.0, 5), (3.0, 3), (0.5, 1)])
-def test_groups_fill_the_budget(budget: float, count: int) -> None:
-    layers = list("abcde")
-    groups = sensitivity._grouped(layers, budget, each=1.0)
-    assert len(groups) == count
-    assert [layer for group in groups for layer in group] == layers
+@pytest.mark.parametrize(
+    ("layers", "left", "done", "size"),
+    [(5, 10.0, 0, 1), (9, 9.0, 1, 1), (9, 4.5, 11, 1), (9, 5.0, 5, 2), (9, -1.0, 3, 9), (1, 0.0, 3, 1)],
+)
+def test_groups_fill_the_budget(layers: int, left: float, done: int, size: int) -> None:
+    assert sensitivity._group_size(layers, left, done, budget=10.0) == size
 
 
 def test_limit_of_samples() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphopt.samples import Samples
 
 Exactness = Literal["exact", "lossy"]
+Measure = Callable[[Mapping[str, np.ndarray[Any, Any]]], float]
 Evaluate = Callable[[onnx.ModelProto, Mapping[str, Any], Sequence[str] | None], dict[str, Any]]
 
 
@@ -64,10 +65,16 @@ class Observes(Protocol):
     def grams(self, requests: Mapping[str, GramRequest], rows: int = 0) -> dict[str, Gram]:
         """Return Gram matrices of layer inputs."""
 
+    def fetches(self, tensors: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Yield the values of tensors of the main graph for each sample."""
+
     def means(
         self, axes: Mapping[str, tuple[int, int]], model: Model | None = None, limit: int = 0
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Return means of channels of tensors of the main graph."""
+
+    def output_noise(self, reference: Model, names: Sequence[str], limit: int = 0) -> Measure:
+        """Return a function from values of constants to the noise at the outputs."""
 
 
 @dataclass
@@ -145,6 +152,27 @@ class Context:
             DataError: there are no samples.
         """
         return self._observing().means(axes, model, limit)
+
+    def output_noise(self, reference: Model, names: Sequence[str], limit: int = 0) -> Measure:
+        """Return a function from values of some constants to how far the outputs then are from the reference's.
+
+        Args:
+            reference: computes what is wanted.
+            names: the constants, of the main graph as it is now.
+            limit: samples read at most (0: all).
+
+        Raises:
+            DataError: there are no samples.
+        """
+        return self._observing().output_noise(reference, names, limit)
+
+    def fetches(self, tensors: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Yield the values of tensors of the main graph as it is now, by name, for each sample.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        return self._observing().fetches(tensors)
 
     def _observing(self) -> Observes:
         if self.observer is None:

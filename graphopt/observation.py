@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -69,6 +69,31 @@ class Observer:
         from graphopt.channel_means import collect  # noqa: PLC0415
 
         return collect(model or self.model, self._samples("means"), axes, limit=limit)
+
+    def output_noise(
+        self, reference: Model, names: Sequence[str], limit: int = 0
+    ) -> Callable[[Mapping[str, Array]], float]:
+        """Return a function from values of constants to the noise at the outputs.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        from graphopt.trials import output_noise  # noqa: PLC0415
+
+        return output_noise(self.model, reference, self._samples("output errors"), names, limit=limit)
+
+    def fetches(self, tensors: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Yield the values of tensors of the main graph for each sample, the model run as it is written.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        from graphopt.runtime import Session  # noqa: PLC0415
+
+        names = list(dict.fromkeys(tensors))
+        session = Session(self.model, optimization="off", extra_outputs=names)
+        for feed in self._samples("values"):
+            yield session.run(feed, names)
 
     def _samples(self, what: str) -> Samples:
         if self.samples is None or self.samples.random:

@@ -45,6 +45,9 @@ BUDGET = 30.0
 
 MAX_FEEDS = 4
 
+LEAST_GAIN = 1e-4
+"""What a layer in int8 must save, as a part of the whole: less is not known so exactly, and its noise is real."""
+
 _DISTRUST = 0.2
 """Standard deviation of a table's entries around what the profiles say, as a part of them."""
 
@@ -105,10 +108,11 @@ class LatencyModel:
     def problem(self, noise: Mapping[str, float]) -> Problem:
         """Return the choice between `float` and `int8` for each layer; those without noise stay float.
 
-        Cost is in seconds; the loss of int8 is the layer's noise.
+        Cost is in seconds, `LEAST_GAIN` on top for each int8 layer; the loss of int8 is the layer's noise.
         """
+        price = LEAST_GAIN * self.predict(())
         items = {
-            layer: {"float": Option(0.0), **({"int8": Option(0.0, noise[layer])} if layer in noise else {})}
+            layer: {"float": Option(0.0), **({"int8": Option(price, noise[layer])} if layer in noise else {})}
             for layer in self.layers
         }
         terms = [

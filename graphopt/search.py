@@ -22,7 +22,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
@@ -409,6 +409,10 @@ class Costs(Protocol):
         """Return the choice between `float` and `int8` for each layer of `noise`, costs in seconds."""
         ...
 
+    def predict(self, int8: Iterable[str]) -> float:
+        """Return the latency with these layers in int8, in seconds."""
+        ...
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -448,4 +452,5 @@ def assign(
         DataError: noise that is no number.
     """
     choice = solve(costs.problem(noise), max_noise, time_limit=time_limit)
-    return Assignment(choice.having("int8"), choice.cost, choice.loss, choice)
+    int8 = choice.having("int8")
+    return Assignment(int8, costs.predict(int8), choice.loss, choice)

@@ -128,8 +128,13 @@ def test_the_problem_costs_what_the_model_predicts() -> None:
     problem = MODEL.problem({"a": 0.1, "b": 0.2})
     for int8 in (set(), {"a"}, {"b"}, {"a", "b"}):
         picks = {layer: latency.PRECISIONS[layer in int8] for layer in MODEL.layers}
-        assert problem.cost(picks) == pytest.approx(MODEL.predict(int8))
+        assert problem.cost(picks) == pytest.approx(MODEL.predict(int8) + len(int8) * 1e-4 * 11.0)
     assert solve(problem, 0.15).having("int8") == {"a"}
+
+
+def test_a_layer_that_saves_nothing_stays_float() -> None:
+    idle = LatencyModel(("a",), (Cell(("a",), {("float",): 5.0, ("int8",): 5.0 - 1e-4}),))
+    assert solve(idle.problem({"a": 0.1})).having("int8") == set()
 
 
 def test_layers_without_noise_stay_float() -> None:

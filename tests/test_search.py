@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pytest
 from hypothesis import given, settings
@@ -167,6 +167,11 @@ def test_nothing_to_choose() -> None:
 
 class Chain:
     """A latency model of layers in a row."""
+
+    def predict(self, int8: Iterable[str]) -> float:
+        chosen = set(int8)
+        plain = chain(count=8, gain=0.5, border=0.8)
+        return plain.cost({name: "int8" if name in chosen else "float" for name in plain.items})
 
     def problem(self, noise: Mapping[str, float]) -> Problem:
         plain = chain(count=8, gain=0.5, border=0.8)

@@ -51,7 +51,8 @@ class Recipe:
         options: of that pass, but for `only`.
         prepare: passes before it, run once: they do not depend on the choice.
         refine: passes behind it that raise accuracy, of what is judged and returned only.
-        fuse: passes behind those.
+        reduce: passes right behind `quantize`, of what is judged and returned only.
+        fuse: passes behind all these.
         ranges: whether it needs ranges of activations.
     """
 
@@ -61,6 +62,7 @@ class Recipe:
     options: Mapping[str, object] = field(default_factory=dict)
     prepare: tuple[spec.Step, ...] = ()
     refine: tuple[spec.Step, ...] = ()
+    reduce: tuple[spec.Step, ...] = ()
     fuse: tuple[spec.Step, ...] = ()
     ranges: bool = True
 
@@ -142,7 +144,8 @@ class LayerChoice:
         if not named:
             return cleanup
         quantize = spec.PassStep(self.recipe.quantize, {**self.recipe.options, "only": named})
-        return (quantize, *(self.recipe.refine if refined else ()), *self.recipe.fuse, *cleanup)
+        accurate = (*self.recipe.reduce, *self.recipe.refine) if refined else ()
+        return (quantize, *accurate, *self.recipe.fuse, *cleanup)
 
     def _built(self, steps: tuple[spec.Step, ...]) -> Model:
         settings = replace(self.settings, known=self.known)
@@ -173,7 +176,7 @@ class LayerChoice:
         self.progress("measuring what each layer harms")
         noise = measure_noise(
             self.canonical, self.make, names, self.samples, provider=self.settings.target.provider,
-            budget=self.budget, progress=self.progress,
+            progress=self.progress,
         )  # fmt: skip
         found, last = self._search(costs, noise)
         self.rows = self._explained(costs, noise, last)

@@ -34,6 +34,7 @@ from graphopt.quality import Bound, Quality, QualityCheck, split
 from graphopt.quantization_report import LayerRow, QuantizationReport, Tried
 from graphopt.runtime import available_providers
 from graphopt.samples import Feeds, Samples
+from graphopt.saturation import saturates
 from graphopt.timing import prepare
 
 Precision: TypeAlias = Literal["int8", "fp16"]
@@ -271,6 +272,8 @@ class _Task:
         assert self.calibrating is not None
         if work_share(canonical, recipe, self.feeds.first()) < LEAST_SHARE:
             return None
+        if saturates(self.request.isa) and recipe.ranges:
+            recipe = replace(recipe, reduce=(spec.PassStep("reduce-range", {"isa": self.request.isa}),))
         budget = (1 - LOSSLESS_SHARE) * 2 / 3 * self.request.budget / len(RECIPES)
         choice = LayerChoice(
             canonical, self.calibrating, recipe, lowering, self.settings, self._judged,

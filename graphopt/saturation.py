@@ -17,7 +17,7 @@ module says of other machines was not run on one; on machines with VNNI the test
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -32,8 +32,6 @@ from graphopt.layer_inputs import GramRequest, request_of, row_chunks
 from graphopt.ops import is_standard
 
 Array: TypeAlias = np.ndarray[Any, Any]
-Fetch: TypeAlias = Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Any]]
-"""Runs the model on one feed: (feed, tensor names) -> arrays by name."""
 
 SATURATES: Mapping[str, bool] = {"avx2": True, "avx512": True, "vnni": False}
 """Instruction sets -> whether sums of two products are cut off to 16 bits."""
@@ -252,25 +250,21 @@ def kernel_weights(node: gs.Node, codes: Array) -> Array:
 
 
 def check(
-    graph: gs.Graph, samples: Iterable[Mapping[str, Any]], fetch: Fetch, *, rows: int = ROWS, seed: int = 0
+    concerned: Sequence[Layer], values: Iterable[Mapping[str, Any]], *, rows: int = ROWS, seed: int = 0
 ) -> dict[str, Saturation]:
     """Return what processors without VNNI cut off in a quantized graph, by layer, on samples.
 
     Args:
-        graph: with Q and DQ nodes around its layers.
-        samples: feeds.
-        fetch: runs the model.
+        concerned: the graph's `layers`.
+        values: for each sample, what their tensors `codes` hold, by name.
         rows: rows of each layer's input that are looked at in each sample, drawn at random.
         seed: for the draw.
     """
-    concerned = layers(graph)
-    names = list(dict.fromkeys(layer.codes for layer in concerned))
     rng = np.random.default_rng(seed)
     found: dict[str, Saturation] = {}
-    for feed in samples if names else ():
-        values = fetch(feed, names)
+    for held in values if concerned else ():
         for layer in concerned:
-            for chunk in layer.rows(np.asarray(values[layer.codes]), rows, rng):
+            for chunk in layer.rows(np.asarray(held[layer.codes]), rows, rng):
                 parts = [saturating(w, chunk[:, g]) for g, w in enumerate(layer.weights)]
                 more = _joined(parts)
                 found[layer.name] = found[layer.name] + more if layer.name in found else more

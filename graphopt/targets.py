@@ -53,12 +53,17 @@ CPU_FORMS: Mapping[str, IntegerForm] = {
     "Resize": _KEEPS,
     "Split": _KEEPS,
     "ReduceMax": _KEEPS,
+    "ReduceMin": _KEEPS,
     "Reshape": _KEEPS,
     "Transpose": _KEEPS,
     "Flatten": _KEEPS,
     "Squeeze": _KEEPS,
     "Unsqueeze": _KEEPS,
     "DepthToSpace": _KEEPS,
+    "Slice": _KEEPS,
+    "Gather": _KEEPS,
+    "Expand": _KEEPS,
+    "Tile": _KEEPS,
 }
 """Operators that ORT's CPU provider computes on integers."""
 

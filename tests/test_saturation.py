@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import saturation
 from graphopt.codes import weight_code
+from graphopt.data import load_samples
 from graphopt.errors import SpecError
 from graphopt.model import load
+from graphopt.pipeline import Pipeline, Settings
 from graphopt.runtime import Session
 
 Array = np.ndarray[Any, Any]
@@ -127,10 +129,10 @@ def quantized(op: str, weights: Array, shape: Sequence[int], zero: int = 0, **at
 
 
 def checked(model: onnx.ModelProto, x: Array, rows: int = 0) -> dict[str, saturation.Saturation]:
-    def fetch(feed: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
-        return Session(model, optimization="off", extra_outputs=names).run(feed, names)
-
-    return saturation.check(load(model).graph, [{"x": x}], fetch, rows=rows)
+    concerned = saturation.layers(load(model).graph)
+    names = list(dict.fromkeys(layer.codes for layer in concerned))
+    values = Session(model, optimization="off", extra_outputs=names).run({"x": x}, names) if names else {}
+    return saturation.check(concerned, [values], rows=rows)
 
 
 rng = np.random.default_rng(0)
@@ -231,3 +233,29 @@ def test_this_machine_adds_up_exactly_or_as_emulated(op: str) -> None:
 def rounded(sums: Array) -> Array:
     """Return sums as codes of scale 1000 around 128, and back."""
     return np.asarray(np.clip(np.rint(sums / 1000.0) + 128, 0, 255) * 1000.0 - 128000.0)
+
+
+def test_reduce_range_leaves_nothing_that_saturates() -> None:
+    """Large weights meet large activations; after reduce-range, no sum of two products leaves 16 bits."""
+    draw = np.random.default_rng(3)
+    weight = (draw.standard_normal((16, 16, 1, 1)) * 0.2).astype(np.float32)
+    weight[::2] = np.abs(weight[::2])  # every other channel adds up
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], name="c")]
+    shape = [1, 16, 8, 8]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    feeds = [{"x": np.abs(draw.standard_normal(shape)).astype(np.float32)} for _ in range(4)]
+    samples = load_samples(feeds, load(model))
+    run = Settings(verify="off", on_failure="stop")
+
+    def saturated(spec: str) -> int:
+        made = Pipeline(spec).run(model, samples=samples, settings=run).model
+        concerned = saturation.layers(made.graph)
+        session = Session(made, optimization="off", extra_outputs=[layer.codes for layer in concerned])
+        values = [session.run(feed, [layer.codes for layer in concerned]) for feed in feeds]
+        return sum(int(s.channels.sum()) for s in saturation.check(concerned, values).values())
+
+    assert saturated("quantize-static") >= 8
+    assert saturated("quantize-static, reduce-range{isa=avx2}") == 0
+    assert saturated("quantize-static, reduce-range{isa=vnni}") == saturated("quantize-static")

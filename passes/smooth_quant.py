@@ -7,8 +7,16 @@
 One large channel decides the step of all of them where a tensor has one scale.  In transformers a few channels of what
 a LayerNormalization returns are ten times larger than the others, and always the same ones; so are some behind the
 activation of a feed-forward block.  Where the sum around the block reads the tensor, too (normalisation behind the
-block), it must stay as it is: then a multiplication is put in for the products alone, which costs little beside them
-(all-MiniLM-L6, 8 x 64 tokens: time 0.395 -> 0.415 of float, error of the sentence vectors 0.0066 -> 0.0014).
+block), it must stay as it is: then a multiplication is put in for the products alone, which costs little beside them.
+
+all-MiniLM-L6 (sums before its normalisations), int8 by quantize-dynamic, 2,000 sentences; time with 8 x 64 tokens on
+one thread, of float in ORT (ORT 1.31, AVX-512 VNNI):
+
+                                        cosine to float   nearest neighbour kept   time
+    as it is                                0.9934               93.8 %             0.40
+    the published factors (alpha 0.5)       0.9916               93.7 %
+    searched                                0.9986               97.4 %             0.42
+    searched, weights of 7 bits             0.9976               96.6 %
 
 Source: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", ICML
 2023.
@@ -51,7 +59,7 @@ NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 FREE, PAID = 0.9, 0.5
 """Part of the error that may stay where the factors cost nothing, and where they cost a multiplication."""
 
-LOUD = 5e-4
+LOUD = 2e-4
 """Variance of a product's error over that of its result, from which a multiplication is worth it."""
 
 

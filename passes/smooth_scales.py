@@ -35,8 +35,8 @@ QUIET = 0.1
 ELEMENTS = 1 << 20
 """Elements of the weights that the search looks at; of larger ones, some columns stand for all."""
 
-ALPHAS = tuple(np.linspace(0.05, 1.0, 20).tolist())
-LEVELS = tuple(np.linspace(0.1, 1.0, 31)[:-1].tolist())
+ALPHAS = tuple(np.linspace(0.1, 1.0, 10).tolist())
+LEVELS = tuple(np.linspace(0.1, 1.0, 17)[:-1].tolist())
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def spread(parameter: Array, shape: tuple[int, ...], axis: int | None, block: in
 
 
 def activation_code(low: float, high: float, dtype: npt.DTypeLike = np.uint8, symmetric: bool = False) -> Affine:
-    """Return the scalar code of a range, which is widened to hold zero.
+    """Return the scalar code of a range, which is widened to hold zero and cut to half of what float32 holds.
 
     Args:
         low: smallest value; what is below saturates.
@@ -139,7 +139,7 @@ def activation_code(low: float, high: float, dtype: npt.DTypeLike = np.uint8, sy
     """
     if not low <= high:
         raise DataError(f"no range: from {low} to {high}")
-    low, high = max(min(low, 0.0), -LARGEST / 2), min(max(high, 0.0), LARGEST / 2)  # no code's value overflows
+    low, high = max(min(low, 0.0), -LARGEST / 2), min(max(high, 0.0), LARGEST / 2)  # so that no code's value overflows
     smallest, largest = code_range(dtype)
     if symmetric:
         middle = (smallest + largest + 1) // 2

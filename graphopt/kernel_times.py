@@ -42,7 +42,10 @@ _LEAST_LAPS, _MOST_LAPS = 3, 200
 _PROFILED_LAPS = 60  # at most: reading an event takes longer than a small kernel
 
 _VISIT = 0.004
-"""Seconds that a visit to a model should last, its first run (caches are cold) not counted."""
+"""Seconds that a visit to a model should last, its first run not counted."""
+
+_SLOW = 0.03
+"""Seconds from which on what caches hold makes no difference."""
 
 
 @dataclass
@@ -98,11 +101,15 @@ def run_all(
     clock = time.thread_time if threads == 1 and provider == "cpu" else time.perf_counter
     for group in _groups(subjects):
         laps = _Laps(group, feeds, clock, profile=profile)
+        share = budget * len(group) / len(subjects)
+        spent = 0.0
         for number in range(rounds):
+            if spent > share:  # slow models: the least that makes sense took it all
+                break
             if progress is not None:
                 progress(f"timing {len(group)} models, round {number + 1} of {rounds}")
             sessions = [_session(subject, provider, threads, profile=profile) for subject in group]
-            laps.run(sessions, budget * len(group) / (len(subjects) * rounds))
+            spent += laps.run(sessions, share / rounds)
         laps.finish()
 
 
@@ -112,6 +119,26 @@ def _groups(subjects: Sequence[Subject]) -> Iterator[Sequence[Subject]]:
     count = max(1, AT_ONCE // max(largest, 1))
     for begin in range(0, len(subjects), count):
         yield subjects[begin : begin + count]
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """Runs of one model in a lap: untimed ones, since caches are cold, and timed ones."""
+
+    warm: int
+    timed: int
+
+    @property
+    def runs(self) -> int:
+        """All of them."""
+        return self.warm + self.timed
+
+    @classmethod
+    def lasting(cls, seconds: float) -> _Visit:
+        """Return the visit to a model whose run takes so long."""
+        if seconds > _SLOW:
+            return cls(0, 1)
+        return cls(1, int(np.clip(round(_VISIT / seconds), 2, 5)))
 
 
 class _Laps:
@@ -126,34 +153,40 @@ class _Laps:
         self.profiled: list[list[float]] = [[] for _ in subjects]
         self.kernels: list[list[dict[str, float]]] = [[] for _ in subjects]
 
-    def run(self, sessions: Sequence[Session], seconds: float) -> None:
-        """Run laps with these sessions, as many as the time allows for."""
+    def run(self, sessions: Sequence[Session], seconds: float) -> float:
+        """Run laps with these sessions, as many as the time allows for; return the seconds that they took."""
         calls = [[session.prepared(feed) for feed in self.feeds] for session in sessions]
         single = [max(1e-6, min(_timed(call, time.perf_counter) for call in row * 2)) for row in calls]
-        repeats = [int(np.clip(round(_VISIT / one), 2, 5)) for one in single]
-        lap = sum(one * (1 + repeat) for one, repeat in zip(single, repeats, strict=True))
+        visits = [_Visit.lasting(one) for one in single]
+        lap = sum(one * visit.runs for one, visit in zip(single, visits, strict=True))
         count = int(np.clip(seconds / ((1 + self.profile) * lap), _LEAST_LAPS, _MOST_LAPS))
         count = -(-count // len(self.feeds)) * len(self.feeds)  # each feed as often
+        begun = time.perf_counter()
         with paused_gc():
             if self.profile:
                 laps = min(count, -(-_PROFILED_LAPS // len(self.feeds)) * len(self.feeds))
-                self._rows(calls, repeats, laps)
+                self._rows(calls, visits, laps)
+            profiled = time.perf_counter() - begun
+            if self.profile:
                 for k, session in enumerate(sessions):
-                    self._read(k, session.profile_events(), 3 * len(self.feeds), laps, 1 + repeats[k])
-            for row, found in zip(self.wholes, self._rows(calls, repeats, count), strict=True):
+                    self._read(k, session.profile_events(), 3 * len(self.feeds), laps, visits[k])
+            begun = time.perf_counter()
+            for row, found in zip(self.wholes, self._rows(calls, visits, count), strict=True):
                 row.extend(found)
+        return profiled + time.perf_counter() - begun
 
-    def _rows(self, calls: Sequence[Sequence[Call]], repeats: Sequence[int], count: int) -> list[list[float]]:
+    def _rows(self, calls: Sequence[Sequence[Call]], visits: Sequence[_Visit], count: int) -> list[list[float]]:
         """Return for each model the fastest run of each lap."""
         rows: list[list[float]] = [[] for _ in calls]
         for lap in range(count):
             for k in self.rng.permutation(len(calls)):
                 call = calls[k][lap % len(self.feeds)]
-                call()
-                rows[k].append(min(_timed(call, self.clock) for _ in range(repeats[k])))
+                for _ in range(visits[k].warm):
+                    call()
+                rows[k].append(min(_timed(call, self.clock) for _ in range(visits[k].timed)))
         return rows
 
-    def _read(self, k: int, events: Sequence[Mapping[str, Any]], skip: int, laps: int, runs: int) -> None:
+    def _read(self, k: int, events: Sequence[Mapping[str, Any]], skip: int, laps: int, visit: _Visit) -> None:
         """Note what a profile says of each lap: its fastest run, and the fastest of each kernel."""
         ran = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))[skip:]
         begins = [float(e["ts"]) for e in ran]
@@ -164,13 +197,14 @@ class _Laps:
                 run = bisect.bisect_right(begins, float(event["ts"])) - 1
                 name = event["name"].removesuffix("_kernel_time")
                 self.subjects[k].ops.setdefault(name, event["args"].get("op_name", ""))
-                if run >= 0 and run % runs:
+                if run >= 0 and run % visit.runs >= visit.warm:
                     sums[run, name] += float(event["dur"]) / 1e6
         for (run, name), value in sums.items():
-            spent[run // runs][name].append(value)
+            spent[run // visit.runs][name].append(value)
         self.kernels[k].extend({name: _middle(values) for name, values in row.items()} for row in spent)
-        warm = [float(e["dur"]) / 1e6 for e in ran]
-        self.profiled[k].extend(min(warm[lap * runs + 1 : (lap + 1) * runs]) for lap in range(laps))
+        whole = [float(e["dur"]) / 1e6 for e in ran]
+        for lap in range(laps):
+            self.profiled[k].append(min(whole[lap * visit.runs + visit.warm : (lap + 1) * visit.runs]))
 
     def finish(self) -> None:
         """Write into the models what the quiet laps say."""

@@ -86,3 +86,17 @@ def test_without_profiles_whole_runs_only() -> None:
 def test_fast_halves() -> None:
     assert kernel_times._middle([1.0, 2.0, 9.0, 3.0]) == 1.5
     assert kernel_times._middle([4.0]) == 4.0
+
+
+@pytest.mark.parametrize(("seconds", "warm", "timed"), [(0.1, 0, 1), (0.01, 1, 2), (0.0013, 1, 3), (1e-5, 1, 5)])
+def test_slow_models_are_visited_once(seconds: float, warm: int, timed: int) -> None:
+    visit = kernel_times._Visit.lasting(seconds)
+    assert (visit.warm, visit.timed, visit.runs) == (warm, timed, warm + timed)
+
+
+def test_rounds_end_when_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    session = kernel_times._session
+    monkeypatch.setattr(kernel_times, "_session", lambda *a, **k: made.append(1) or session(*a, **k))
+    run_all([Subject(network(), frozenset())], feeds(), budget=0.0, rounds=3, profile=False)
+    assert len(made) == 1

@@ -9,6 +9,7 @@ import pytest
 from graphopt import kernel_times
 from graphopt.kernel_times import Subject, run_all
 from graphopt.model import Model, load
+from graphopt.runtime import Session
 
 
 def network(size: int = 64) -> Model:
@@ -95,8 +96,13 @@ def test_slow_models_are_visited_once(seconds: float, warm: int, timed: int) -> 
 
 
 def test_rounds_end_when_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    rounds: list[bool] = []
     session = kernel_times._session
-    monkeypatch.setattr(kernel_times, "_session", lambda *a, **k: made.append(1) or session(*a, **k))
+
+    def counted(subject: Subject, provider: str, threads: int, *, profile: bool) -> Session:
+        rounds.append(profile)
+        return session(subject, provider, threads, profile=profile)
+
+    monkeypatch.setattr(kernel_times, "_session", counted)
     run_all([Subject(network(), frozenset())], feeds(), budget=0.0, rounds=3, profile=False)
-    assert len(made) == 1
+    assert rounds == [False]

@@ -28,8 +28,6 @@ CORRECTED = "graphopt.correct-bias"
 BYTES = 1 << 29
 """Of Gram matrices at a time: the samples are read again for more."""
 
-CODES = (-128, 127)
-
 
 @register
 @dataclass(frozen=True)
@@ -85,9 +83,10 @@ class RoundWeights(Pass):
         if gram is None or not gram.count:
             return Change(layer.label, "round its weight", "nothing that flows into it on the samples is known")
         width = gram.matrix.shape[-1]
+        peak = int(np.abs(layer.codes.astype(np.int32)).max(initial=1))  # fewer bits were asked for where it is small
         rounded = round_rows(
             layer.rows(weight), layer.row_scale, gram.covariance().reshape(-1, width, width),
-            low=CODES[0], high=CODES[1], damping=self.damping, sweeps=self.sweeps,
+            low=-peak, high=min(peak, 127), damping=self.damping, sweeps=self.sweeps,
         )  # fmt: skip
         return Change(
             layer.label, "its weight is rounded again", _gain(rounded), _writer(edit, ctx, layer, rounded, mark)

@@ -11,12 +11,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.analysis.integer_layers import find_layers
+from graphopt.base import Context
 from graphopt.bias_correction import fast_shift, levels, measured_shift
 from graphopt.data import load_samples
 from graphopt.errors import SpecError
 from graphopt.model import load
+from graphopt.observation import Observer
 from graphopt.pipeline import Pipeline, Result, Settings
-from graphopt.runtime import Session
+from graphopt.registry import get
+from graphopt.runtime import Session, evaluate
 
 Array = np.ndarray[Any, Any]
 
@@ -211,3 +214,45 @@ def test_levels_put_layers_behind_all_that_they_depend_on() -> None:
     found = [[n.name for n in level] for level in levels(graph, chosen)]
     assert found == [["stem"], ["each", "right"], ["left"], ["last"], ["head"]]
     assert levels(gs.Graph(), []) == []
+
+
+@pytest.mark.parametrize(("op", "attrs"), [("MatMul", {}), ("Gemm", {}), ("Gemm", {"transB": 1})])
+def test_products_are_rounded_whichever_way_their_weight_lies(op: str, attrs: dict[str, Any]) -> None:
+    rng = np.random.default_rng(3)
+    mixing = rng.normal(size=(6, 24))
+    weight = np.asarray(rng.normal(size=(24, 10)), np.float32)
+    stored = weight.T.copy() if attrs else weight
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", c]) for n, c in (("x", 24), ("y", 10))]
+    nodes = [helper.make_node(op, ["x", "w"], ["y"], name="layer", **attrs)]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], [numpy_helper.from_array(stored, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    batches = [{"x": np.asarray(rng.normal(size=(64, 6)) @ mixing, np.float32)} for _ in range(8)]
+    samples = load_samples(batches[:4], load(model))
+    weights = []
+    for text in ("quantize-static", "quantize-static, round-weights"):
+        found = Pipeline(text).run(model, samples=samples, settings=Settings(verify="off", on_failure="stop"))
+        layer = find_layers(found.model.graph)[0]["layer"]
+        values = layer.codes * layer.spread_scale
+        weights.append(values.T if attrs else values)
+    other = np.concatenate([b["x"] for b in batches[4:]])
+    nearest, rounded = (float(np.square(other @ (w - weight)).sum()) for w in weights)
+    assert rounded < 0.5 * nearest  # inputs of rank 6 leave 18 directions of 24 free
+
+
+def test_codes_stay_within_those_that_are_used() -> None:
+    model = network()
+    result = run("quantize-static", model).model
+    for layer in find_layers(result.graph)[0].values():
+        half = np.asarray(layer.codes // 2, np.int8)
+        layer.dequantize.inputs[0].values = half
+        layer.dequantize.inputs[1].values = np.asarray(layer.scale * 2, np.float32)
+
+    context = Context(result, evaluate)
+    context.observer = Observer(result, load_samples(feeds(1), load(model)))
+    context.reference = lambda: load(model)
+    used = {name: np.abs(layer.codes.astype(int)).max() for name, layer in find_layers(result.graph)[0].items()}
+    for change in get("round-weights")().run(result.graph, context):
+        assert change.apply is not None
+        change.apply()
+    for name, layer in find_layers(result.graph)[0].items():
+        assert np.abs(layer.codes.astype(int)).max() <= used[name] <= 64

@@ -272,6 +272,11 @@ class Calibration:
         """Return what is odd about a tensor's values (constant, NaN, infinite, empty, skipped), None if nothing is."""
         return self.skipped[name] if name in self.skipped else self._of(name).problem()
 
+    def infinite(self, name: str) -> bool:
+        """Tell whether a tensor had values that are infinite or no number."""
+        found = self._of(name)
+        return bool(found.nans or found.infinities)
+
     def merge(self, later: Calibration) -> Calibration:
         """Return the statistics of both; those of `later` come after, which matters for running averages only.
 

@@ -66,6 +66,12 @@ class Recipe:
     fuse: tuple[spec.Step, ...] = ()
     ranges: bool = True
 
+    def safe(self, isa: str) -> Recipe:
+        """Return the recipe for processors whose sums of two 8-bit products saturate."""
+        if self.ranges:
+            return replace(self, reduce=(spec.PassStep("reduce-range", {"isa": isa}),))
+        return replace(self, options={**self.options, "bits": 7})  # no samples tell what a run's range will be
+
 
 @dataclass
 class Found:

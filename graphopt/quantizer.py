@@ -57,8 +57,8 @@ RECIPES = (
         refine=spec.parse("round-weights, correct-bias"), fuse=spec.parse("fuse-into-codes"),
     ),
     Recipe(
-        "dynamic int8", "quantize-dynamic", frozenset({"MatMul", "Gemm"}), prepare=spec.parse("smooth-quant"),
-        ranges=False,
+        "dynamic int8", "quantize-dynamic", frozenset({"MatMul", "Gemm"}),
+        prepare=spec.parse("lower-activations, smooth-quant"), ranges=False,
     ),
 )  # fmt: skip
 """Forms with integer arithmetic; each is tried where its layers do at least `LEAST_SHARE` of the work."""
@@ -272,8 +272,8 @@ class _Task:
         assert self.calibrating is not None
         if work_share(canonical, recipe, self.feeds.first()) < LEAST_SHARE:
             return None
-        if saturates(self.request.isa) and recipe.ranges:
-            recipe = replace(recipe, reduce=(spec.PassStep("reduce-range", {"isa": self.request.isa}),))
+        if saturates(self.request.isa):
+            recipe = recipe.safe(self.request.isa)
         budget = (1 - LOSSLESS_SHARE) * 2 / 3 * self.request.budget / len(RECIPES)
         choice = LayerChoice(
             canonical, self.calibrating, recipe, lowering, self.settings, self._judged,

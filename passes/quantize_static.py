@@ -25,6 +25,7 @@ from graphopt.analysis.placement import Coded, Layer, Placement, layers, output_
 from graphopt.base import Change, Context, Pass
 from graphopt.codes import Affine, WeightMethod, activation_code, weight_code
 from graphopt.edit import Edit, is_output, label, make_node, replace_output, subgraphs
+from graphopt.errors import DataError
 from graphopt.ops import is_standard
 from graphopt.registry import register
 from graphopt.targets import ACTIVATION, CPU_FORMS, INTEGER_FORMS, QUANTIZED_UNASKED
@@ -40,6 +41,9 @@ LEAST_OPSET = 13
 
 HARD_SWISH_HALF = 3.0
 """Where HardSwish begins and ends to be linear, on either side of 0."""
+
+OUTLIERS = 1000.0
+"""How many times as wide as what nearly all values take a range may be: masks are added as -1e9 and the like."""
 
 LEAST_STEPS = 8
 """A scale is made larger by at most one part in so many, to make a length a whole number of steps."""
@@ -98,17 +102,37 @@ class QuantizeStatic(Pass):
             else:
                 chosen.append(layer.node)
         yield from _inner(graph)
-        if chosen:
-            yield self._change(graph, ctx, chosen)
+        yield from self._changes(graph, ctx, chosen)
 
     def _left_out(self, layer: Layer) -> str:
         if not any(fnmatch.fnmatchcase(layer.label, glob) for glob in self.only):
             return "not among those asked for"
         return "to be skipped" if any(fnmatch.fnmatchcase(layer.label, glob) for glob in self.skip) else ""
 
-    def _change(self, graph: gs.Graph, ctx: Context, chosen: list[gs.Node]) -> Change:
-        placement = place(graph, chosen, ctx.shapes, ctx.target.provider, ctx.model.opset)
-        calibration = ctx.calibration(c.tensor.name for c in placement.coded.values())
+    def _changes(self, graph: gs.Graph, ctx: Context, chosen: list[gs.Node]) -> Iterator[Change]:
+        """Propose the change; layers at tensors that no code suits stay float."""
+        unfit: dict[str, str] = {}
+        while chosen:
+            placement = place(graph, chosen, ctx.shapes, ctx.target.provider, ctx.model.opset, frozenset(unfit))
+            names = [coded.tensor.name for coded in placement.coded.values()]
+            calibration = ctx.calibration(names)
+            more = {name: why for name in names if (why := _unfit(calibration, name, self.ranges))}
+            if not more:
+                yield self._change(graph, ctx, chosen, placement, calibration)
+                return
+            unfit.update(more)
+            kept = []
+            for node in chosen:
+                ends = [t.name for t in (*node.inputs[:2], *node.outputs, *_folded(placement, node)) if t.name in unfit]
+                if ends:
+                    yield Change(label(node), f"{node.op} in int8", f"'{ends[0]}' {unfit[ends[0]]}")
+                else:
+                    kept.append(node)
+            chosen = kept
+
+    def _change(
+        self, graph: gs.Graph, ctx: Context, chosen: list[gs.Node], placement: Placement, calibration: Calibration
+    ) -> Change:
         writer = _Writer(graph, ctx, placement, self.weights)
         for number, members in placement.groups.items():
             writer.codes[number] = self._code(calibration, members, ctx)
@@ -298,6 +322,26 @@ class _Writer:
         node = make_node("DequantizeLinear", inputs, [made], attrs, name=ctx.fresh_name(f"{name}_DQ"))
         edit.insert_after(None, [node])
         return made
+
+
+def _unfit(calibration: Calibration, name: str, method: str) -> str:
+    """Return why no code suits a tensor, empty where one does."""
+    try:
+        found, usual = calibration.range(name, method), calibration.range(name, "percentile")
+    except DataError as error:
+        return error.what
+    if calibration.infinite(name):
+        return "has values that are infinite or no number"
+    width, most = found.high - found.low, usual.high - usual.low
+    if width > OUTLIERS * most > 0.0:
+        return f"has values so large ({max(-found.low, found.high):.3g}) that one code would stand for all others"
+    return ""
+
+
+def _folded(placement: Placement, node: gs.Node) -> list[gs.Tensor]:
+    """Return what a layer's folded activation makes."""
+    made = placement.output(node)
+    return [] if made is node.outputs[0] else [made]
 
 
 def _whole(code: Affine, tensor: gs.Tensor) -> Affine:

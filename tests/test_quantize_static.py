@@ -294,3 +294,34 @@ def test_random_nets_load_and_keep_close(seed: int) -> None:
         a, b = plain.run(feed)["y"], fused.run(feed)["y"]
         # every kernel may round one step the other way, and the next ones carry it on
         assert np.abs(a - b).max() <= 0.06 * max(1e-3, float(np.abs(a).max()))
+
+
+def test_layers_at_values_that_no_code_suits_stay_float() -> None:
+    """-inf before a Softmax, and a mask of -1e9: one code would have to stand for everything else."""
+    model = parsed(
+        """agraph (float[1,4,8] x, float[1,4,4] m) => (float[1,4,8] y) {
+          h = MatMul (x, w1)
+          t = Transpose <perm = [0,2,1]> (h)
+          s = MatMul (h, t)
+          a = Add (s, m)
+          p = Softmax (a)
+          o = MatMul (p, h)
+          y = MatMul (o, w2)
+        }""",
+        w1=normal(8, 8), w2=normal(8, 8),
+    )  # fmt: skip
+    mask = np.zeros((1, 4, 4), np.float32)
+    mask[0, 0, 3] = -np.inf
+    for masked in (-np.inf, -1e9):
+        mask[0, 0, 3] = masked
+        feeds = [{"x": normal(1, 4, 8), "m": mask}, {"x": -normal(1, 4, 8), "m": mask}]
+        samples = load_samples(feeds, load(model))
+        result = Pipeline("quantize-static, eliminate-dead").run(
+            model, samples=samples, settings=Settings(verify="off", on_failure="stop")
+        )
+        made = {n.op_type: n for n in result.proto.graph.node}
+        assert made["Add"].input[1] == "m"
+        assert made["Softmax"].input[0] == "a"
+        a, b = Session(model).run(feeds[0])["y"], Session(result.model).run(feeds[0])["y"]
+        assert np.isfinite(b).all()
+        assert np.abs(a - b).max() < 0.05 * np.abs(a).max()  # a few steps of 1/255

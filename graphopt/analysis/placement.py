@@ -152,9 +152,14 @@ def output_axis(node: gs.Node) -> int:
     return OUTPUT_AXIS[node.op] % len(weight.shape)
 
 
-def place(graph: gs.Graph, chosen: Iterable[gs.Node], shapes: Shapes, provider: str, opset: int) -> Placement:
-    """Return where codes go when the chosen layers run on integers."""
-    return _Placer(graph, list(chosen), shapes, provider, opset).place()
+def place(
+    graph: gs.Graph, chosen: Iterable[gs.Node], shapes: Shapes, provider: str, opset: int,
+    avoid: Collection[str] = (),
+) -> Placement:  # fmt: skip
+    """Return where codes go when the chosen layers run on integers; no follower is to touch tensors in `avoid`."""
+    placer = _Placer(graph, list(chosen), shapes, provider, opset)
+    placer.avoid = avoid
+    return placer.place()
 
 
 class _Placer:
@@ -168,6 +173,7 @@ class _Placer:
         self.integer = set(self.layers)
         self.folded: dict[int, gs.Node] = {}
         self.coded: dict[int, Coded] = {}
+        self.avoid: Collection[str] = ()
 
     def place(self) -> Placement:
         self.integer |= {id(n) for n in self.graph.nodes if self._may_follow(n)}
@@ -185,6 +191,8 @@ class _Placer:
         if form is None or form.weight is not None or not self._is_float(node.outputs[0]):
             return False
         if not all(self._is_float(t) for t in self._operands(node)):
+            return False
+        if any(t.name in self.avoid for t in (*node.inputs, *node.outputs)):
             return False
         return node.op != "Resize" or str(node.attrs.get("mode", "nearest")) == "nearest"
 

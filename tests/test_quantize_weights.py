@@ -16,6 +16,8 @@ from graphopt.codes import weight_code
 from graphopt.data import load_samples
 from graphopt.errors import GraphoptError
 from graphopt.model import load
+from graphopt.models import zoo
+from graphopt.models.tasks import minilm_pairs
 from graphopt.pipeline import Pipeline, Result, Settings
 from graphopt.runtime import Session, evaluate
 
@@ -357,3 +359,23 @@ def test_gptq_without_samples_is_a_clear_error() -> None:
 def test_settings_without_a_kernel_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(GraphoptError, match=f"{next(iter(option))} is one of"):
         quantized(matmul(), **option)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "cosine"),
+    [
+        ("quantize-weights", 0.27, 0.999),
+        ("upgrade-opset{to=21},quantize-weights{bits=4,block=32}", 0.18, 0.968),
+        ("compress-weights", 0.27, 0.999),
+        ("compress-weights{bits=4,block=32}", 0.18, 0.968),
+    ],
+)
+@pytest.mark.zoo
+def test_minilm_keeps_its_sentences(spec: str, size: float, cosine: float, tmp_path: Path) -> None:
+    """Embeddings included; on 96 of the task's 2,000 sentences (docs have the figures on all of them)."""
+    source = zoo.fetch("minilm-torchscript")
+    Pipeline(spec).run(source, settings=Settings(verify="off", on_failure="stop")).save(tmp_path / "small.onnx")
+    assert (tmp_path / "small.onnx").stat().st_size <= size * source.stat().st_size
+    texts = [sentence for _, sentence in minilm_pairs.sentences("test", 96)]
+    before, after = (minilm_pairs.embed(Session(path).run, texts) for path in (source, tmp_path / "small.onnx"))
+    assert float((before * after).sum(axis=1).mean()) >= cosine

@@ -119,7 +119,7 @@ class Gram:
     def covariance(self) -> Array:
         """Return the covariance of the rows (divided by `count`), of the shape of `matrix`."""
         mean = self.mean
-        return self.matrix / max(self.count, 1) - mean[..., :, None] * mean[..., None, :]
+        return np.asarray(self.matrix / max(self.count, 1) - mean[..., :, None] * mean[..., None, :])
 
     def __add__(self, other: Gram) -> Gram:
         count, dropped = self.count + other.count, self.dropped + other.dropped

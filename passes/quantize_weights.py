@@ -193,7 +193,7 @@ class QuantizeWeights(Pass):
         if values is None or not np.isfinite(values).all():
             yield Change(label(use.first), self._what(use), "the weight has NaN or infinite elements")
             return
-        usable = gram if gram is not None and gram.count else None
+        usable = gram if gram is not None and gram.count and np.isfinite(gram.matrix).all() else None
         with Edit(graph) as edit:
 
             def apply() -> None:

@@ -28,8 +28,11 @@ from graphopt.samples import Samples
 from graphopt.search import Assignment, assign
 from graphopt.sensitivity import measure as measure_noise
 
-ATTEMPTS = 8
+ATTEMPTS = 10
 """Choices that are built and judged at most."""
+
+COARSE = 3.0
+"""The bound on the noise is divided by this until a choice keeps the bound on accuracy."""
 
 TIMED = 1
 """Samples that layers are timed on: what takes most of the time is the number of models."""
@@ -179,47 +182,50 @@ class LayerChoice:
             self.canonical, self.make, names, self.samples.limit(TIMED), provider=self.settings.target.provider,
             threads=self.settings.target.threads, budget=self.budget, progress=self.progress,
         )  # fmt: skip
+        silent = dict.fromkeys(names, 0.0)
+        fastest = assign(costs, silent)
+        if not fastest.int8:
+            self.rows = self._explained(costs, silent, frozenset())
+            return None
+        quality, found = self._tried(fastest, costs)
+        if quality.ok:
+            self.rows = self._explained(costs, {}, fastest.int8)
+            return found
         self.progress("measuring what each layer harms")
         noise = measure_noise(
             self.canonical, self.make, names, self.samples, provider=self.settings.target.provider,
             progress=self.progress,
         )  # fmt: skip
-        found, last = self._search(costs, noise)
-        self.rows = self._explained(costs, noise, last)
-        return found
+        within = self._search(costs, noise, fastest.int8)
+        self.rows = self._explained(costs, noise, frozenset(within.chosen if within else ()))
+        return within
 
-    def _search(self, costs: LatencyModel, noise: Mapping[str, float]) -> tuple[Found | None, Assignment]:
-        """Return the best choice that was judged good, and the last one looked at."""
-        low, high = 0.0, math.inf  # noise that kept the bound, and that did not
+    def _search(self, costs: LatencyModel, noise: Mapping[str, float], missed: frozenset[str]) -> Found | None:
+        """Return the fastest choice that was judged good, looked for between no noise and that of one that missed."""
+        low, high = 0.0, max(sum(noise.get(name, 0.0) for name in missed), 1e-30)
         best: Found | None = None
-        limit = math.inf
-        choice = assign(costs, noise, limit)
-        seen: set[frozenset[str]] = set()
-        for attempt in range(ATTEMPTS):
+        seen = {missed}
+        limit = high / COARSE
+        for _ in range(ATTEMPTS):
             choice = assign(costs, noise, limit)
-            if not choice.int8:
-                break
-            if choice.int8 not in seen:
+            if choice.int8 in seen or not choice.int8:  # a bound between two choices, or below all
+                good = choice.int8 and best is not None and choice.noise <= low
+                low, high = (limit, high) if good else (low, limit)
+            else:
                 seen.add(choice.int8)
-                self.progress(f"trying {len(choice.int8)} layers in int8 ({attempt + 1})")
                 quality, candidate = self._tried(choice, costs)
                 if quality.ok:
-                    low = max(low, choice.noise)
+                    low = max(limit, choice.noise)
                     best = candidate if best is None or candidate.predicted < best.predicted else best
                 else:
-                    high = min(high, choice.noise)
-                if quality.ok and math.isinf(high):
-                    break
-            elif choice.noise <= low:
-                low = limit
-            else:
-                high = limit
-            limit = high / 2.0 if low == 0.0 else math.sqrt(low * high)
+                    high = min(limit, choice.noise)
             if low > 0.0 and high / low < CLOSER:
                 break
-        return best, choice
+            limit = math.sqrt(low * high) if low > 0.0 else high / COARSE
+        return best
 
     def _tried(self, choice: Assignment, costs: LatencyModel) -> tuple[Quality, Found]:
+        self.progress(f"trying {len(choice.int8)} layers in int8 ({len(self.tried) + 1})")
         steps = self.steps(choice.int8, refined=True)
         model = self._built(steps)
         quality = self.judge(model)
@@ -229,8 +235,8 @@ class LayerChoice:
         chosen = tuple(name for name in self.order if name in choice.int8)
         return quality, Found(model, chosen, (*self.recipe.prepare, *steps), quality, relative)
 
-    def _explained(self, costs: LatencyModel, noise: Mapping[str, float], choice: Assignment) -> list[LayerRow]:
-        known = {row.layer: row for row in costs.explain(choice.int8, noise)}
+    def _explained(self, costs: LatencyModel, noise: Mapping[str, float], chosen: frozenset[str]) -> list[LayerRow]:
+        known = {row.layer: row for row in costs.explain(chosen, noise)}
         return [self._row(name, known.get(name)) for name in self.order]
 
     def _row(self, name: str, row: LayerCost | None) -> LayerRow:

@@ -165,13 +165,13 @@ def test_the_table_shows_every_number_and_every_reason() -> None:
     ROWS["graphopt quantize"].metrics = {
         "lines right": {"reference": 0.98, "candidate": 0.97, "drop": 0.01, "interval": (0.005, 0.015)},
         "SQNR, dB": {"reference": 150.0, "candidate": 21.5, "drop": 128.5, "interval": None},
-        "cosine": {"reference": 1.0, "candidate": 0.996, "drop": 0.004, "interval": (0.003, 0.005)},
+        "cosine": {"reference": 1.0, "candidate": 0.996, "drop": 0.004, "interval": (0.0, 0.005)},
     }
     text = document({"some-model": ROWS}, "a machine")
     for part in (
         "| unmodified | 1 |  | 98.00 % | 150.0 | 1.0000 |",
         "| graphopt quantize | 0.500 (0.490–0.510) | – | 97.00 %; -1.00 (-1.50 to -0.50) points | 21.5 "
-        "| 0.9960; -0.0040 (-0.0050 to -0.0030) | 0.250 | 3 | 2.0 |",
+        "| 0.9960; -0.0040 (-0.0050 to +0.0000) | 0.250 | 3 | 2.0 |",
         "| ORT dynamic (*broken*) |",
         "- ORT dynamic: broken: no kernel",
         "graphopt 1; a machine",

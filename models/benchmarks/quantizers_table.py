@@ -118,9 +118,9 @@ def _score(found: Mapping[str, Any], metric: str) -> str:
     if found["interval"] is None:
         return text
     scale, digits = (100, 2) if _in_parts(metric) else (1, 4)
-    low, high = (-scale * edge for edge in reversed(found["interval"]))
+    drop, low, high = (round(-scale * x, digits) + 0.0 for x in (found["drop"], *reversed(found["interval"])))  # no -0
     unit = " points" if _in_parts(metric) else ""
-    return f"{text}; {-scale * found['drop']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){unit}"
+    return f"{text}; {drop:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){unit}"
 
 
 def _line(cells: Sequence[object]) -> str:

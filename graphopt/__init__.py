@@ -4,6 +4,9 @@ result = graphopt.optimize("model.onnx")
 result.save("model.fast.onnx")
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from graphopt import interrupt as _interrupt  # first: what follows takes time, and Ctrl-C may come
 from graphopt.base import Change, Context, Pass, Target
 from graphopt.bisection import bisect
@@ -19,10 +22,15 @@ from graphopt.rewrite import Rule, RulePass
 from graphopt.timing import bench
 from graphopt.validate import validate
 
+if TYPE_CHECKING:
+    from graphopt.quality import Bound
+    from graphopt.quantizer import quantize
+
 __version__ = "0.1.0"
 del _interrupt
 
 __all__ = [
+    "Bound",
     "Change",
     "Context",
     "GateMissedError",
@@ -45,6 +53,17 @@ __all__ = [
     "load_plugin",
     "load_samples",
     "optimize",
+    "quantize",
     "register",
     "validate",
 ]
+
+_LATER = {"Bound": "graphopt.quality", "quantize": "graphopt.quantizer"}
+"""Public names whose modules are imported when they are first asked for: they take as long as all others together."""
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name that is imported late (PEP 562)."""
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'graphopt' has no attribute '{name}'")

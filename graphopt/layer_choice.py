@@ -185,11 +185,11 @@ class LayerChoice:
         silent = dict.fromkeys(names, 0.0)
         fastest = assign(costs, silent)
         if not fastest.int8:
-            self.rows = self._explained(costs, silent, frozenset())
+            self.rows = self._explained(costs, None, frozenset())
             return None
         quality, found = self._tried(fastest, costs)
         if quality.ok:
-            self.rows = self._explained(costs, {}, fastest.int8)
+            self.rows = self._explained(costs, None, fastest.int8)
             return found
         self.progress("measuring what each layer harms")
         noise = measure_noise(
@@ -235,7 +235,9 @@ class LayerChoice:
         chosen = tuple(name for name in self.order if name in choice.int8)
         return quality, Found(model, chosen, (*self.recipe.prepare, *steps), quality, relative)
 
-    def _explained(self, costs: LatencyModel, noise: Mapping[str, float], chosen: frozenset[str]) -> list[LayerRow]:
+    def _explained(
+        self, costs: LatencyModel, noise: Mapping[str, float] | None, chosen: frozenset[str]
+    ) -> list[LayerRow]:
         known = {row.layer: row for row in costs.explain(chosen, noise)}
         return [self._row(name, known.get(name)) for name in self.order]
 

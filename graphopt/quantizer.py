@@ -9,8 +9,9 @@ repaired by leaving layers in float, and one that is not faster than the lossles
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -28,6 +29,7 @@ from graphopt.errors import DataError, GateMissedError, SpecError
 from graphopt.judge import Comparison, Condition, Progress, judging
 from graphopt.layer_choice import LayerChoice, Recipe
 from graphopt.model import Model, Source, load
+from graphopt.named_forms import HALF, WEIGHT_ONLY, NamedForm
 from graphopt.optimizer import DEFAULT_OPSET, Shapes, default_pipeline, optimize, thread_counts
 from graphopt.pipeline import Pipeline, Result, Settings, size_of
 from graphopt.quality import Bound, Quality, QualityCheck, split
@@ -65,9 +67,6 @@ RECIPES = (
 
 LEAST_SHARE = 0.2
 
-BLOCKS_OPSET = 21
-"""DequantizeLinear takes blocks and 4 bits from here on."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -100,15 +99,6 @@ class Request:
             raise SpecError("a block is of weight-only forms", at="--block", hint="--weight-only int4 --block 32")
         if self.weight_only is not None and self.precision != "int8":
             raise SpecError("weight-only and another precision exclude each other", hint="leave out one of them")
-
-
-WEIGHT_ONLY: Mapping[str, spec.PassStep] = {
-    "int8": spec.PassStep("quantize-weights", {"bits": 8}),
-    "int4": spec.PassStep("quantize-weights", {"bits": 4, "block": 32}),
-    "nf4": spec.PassStep("compress-weights", {"levels": "nf4", "bits": 4}),
-    "codebook": spec.PassStep("compress-weights", {"levels": "kmeans"}),
-}
-"""Forms that keep float arithmetic: what makes them."""
 
 
 @dataclass
@@ -219,8 +209,11 @@ class _Task:
 
     def run(self) -> Quantized:
         """Return the best result."""
-        if self.request.weight_only is not None or self.request.precision == "fp16":
-            return self._named()
+        if self.request.weight_only is not None:
+            sampled = self.calibrating is not None
+            return self._named(NamedForm.of(self.request.weight_only, self.request.block, sampled=sampled))
+        if self.request.precision == "fp16":
+            return self._named(HALF)
         if self.request.objective == "size":
             return self._smallest()
         if self.calibrating is None:
@@ -248,8 +241,8 @@ class _Task:
         return wanted if wanted in available_providers() else "cpu"
 
     def _prefix(self) -> tuple[spec.Step, ...]:
-        """Return the canonical stage of the lossless engine; blocks and 4 bits are of a later opset."""
-        return default_pipeline(DEFAULT_OPSET if self.request.weight_only is None else BLOCKS_OPSET, "canonical").steps
+        """Return the canonical stage of the lossless engine."""
+        return default_pipeline(DEFAULT_OPSET, "canonical").steps
 
     def _fastest(self) -> Quantized:
         request = self.request
@@ -357,60 +350,57 @@ class _Task:
             bytes_before=self.original.emitted_bytes(), bytes_after=model.emitted_bytes(), **fields,
         )  # fmt: skip
 
-    def _named(self) -> Quantized:
-        """Return what a form that was asked for by name makes of the canonical model."""
-        form, steps = named_form(self.request, sampled=self.calibrating is not None)
-        pipeline = Pipeline((*self._prefix(), *steps))
-        self.progress(form)
+    def _named(self, form: NamedForm) -> Quantized:
+        """Return what a form that was asked for by name makes of the canonical model.
+
+        Raises:
+            GateMissedError: it misses the bound.
+        """
+        pipeline = Pipeline((*default_pipeline(form.opset, "canonical").steps, *form.steps))
+        self.progress(form.name)
         made = pipeline.run(self.original, samples=self.calibrating, settings=self.settings)
-        record = next(r for r in made.report.passes if r.name == steps[0].name)
-        quality = self.quality(made.model)
+        record = next(r for r in made.report.passes if r.name == form.steps[0].name)
         rows = [LayerRow(miss["where"], "", "float", miss["why"]) for miss in record.blocked]
-        tried = Tried(form, record.changes, None, quality)
-        self.tried.append(tried)
-        notes = list(record.notes)
-        if quality is not None and self._runs_on() != self.request.provider:
-            notes.append(f"judged on {self._runs_on()}: {self.request.provider} is not in the installed ONNX Runtime")
         if record.status != "changed":
             why = "; ".join(sorted({row.why for row in rows})[:3]) or "nothing in it takes this form"
-            report = self._report(made.model, rows, decision="lossless", reason=why, form="float")
-            return Quantized(made.model, report)
+            return Quantized(made.model, self._report(made.model, rows, decision="lossless", reason=why, form="float"))
+        quality = self.quality(made.model)
+        tried = Tried(form.name, record.changes, None, quality)
+        self.tried.append(tried)
         if quality is not None and not quality.ok:
+            tried.verdict = "; ".join(quality.failures)
             raise GateMissedError(
-                f"{form} misses the bound: {'; '.join(quality.failures)}",
+                f"{form.name} misses the bound: {tried.verdict}",
                 hint="loosen it (--min-sqnr, --min-agreement, --max-drop), or ask for another form",
             )
-        result = self._finished(Candidate(form, made.model, pipeline, quality, rows, tried), None)
-        result.report.notes += notes
+        result = self._finished(Candidate(form.name, made.model, pipeline, quality, rows, tried), None)
+        result.report.notes += record.notes
+        if quality is not None and self._runs_on() != self.request.provider:
+            missing = f"{self.request.provider} is not in the installed ONNX Runtime"
+            result.report.notes.append(f"judged on {self._runs_on()}: {missing}")
         return result
 
     def _smallest(self) -> Quantized:
-        """Return the smallest file among the weight-only forms that keep the bound."""
-        best: Quantized | None = None
-        missed = []
-        for form in WEIGHT_ONLY:
-            task = _Task(self.original, replace(self.request, weight_only=form), None, self.feeds, self.progress)
-            task.calibrating, task.judging, task.tried, task._check = (
-                self.calibrating, self.judging, self.tried, self._check,
+        """Return the smallest file among the forms that store weights in fewer bits and keep the bound."""
+        if self.judging is None:
+            raise DataError(
+                "the smallest file that keeps the bound is judged on samples, and there are none", at="--data",
+                hint="give --data, or name a form: --weight-only int8",
             )  # fmt: skip
-            try:
-                found = task._named()
-            except GateMissedError as error:
-                missed.append(error.what)
-                continue
-            finally:
-                self._check = task._check
-            if found.report.decision == "quantized" and (
-                best is None or found.report.bytes_after < best.report.bytes_after
-            ):
-                best = found
-        if best is not None:
-            best.report.tried = self.tried
-            best.report.notes += missed
-            best.report.notes.append("the smallest file was asked for; it may be slower than the float model")
-            return best
-        report = self._report(self.original, [], decision="lossless", reason="; ".join(missed), form="float")
-        return Quantized(self.original.copy(), report)
+        found = []
+        for name in (*WEIGHT_ONLY, None):
+            form = NamedForm.of(name, self.request.block, sampled=True)
+            with contextlib.suppress(GateMissedError):  # stands among what was tried
+                found.append(self._named(form.smaller()))
+        found = [result for result in found if result.report.decision == "quantized"]
+        if not found:
+            reason = "no form keeps the bound: " + "; ".join(f"{t.form}: {t.verdict}" for t in self.tried)
+            report = self._report(self.original, [], decision="lossless", reason=reason, form="float")
+            return Quantized(self.original.copy(), report)
+        best = min(found, key=lambda result: result.report.bytes_after)
+        best.report.tried = self.tried
+        best.report.notes.append("the smallest file was asked for; it may be slower than the float model")
+        return best
 
     def replayed(self, decisions: Decisions | str | Path) -> Quantized:
         """Return what was decided before."""
@@ -426,20 +416,6 @@ class _Task:
         report.pipeline, report.quality = found.pipeline, self.quality(model)
         report.decisions = found.to_dict()
         return Quantized(model, report)
-
-
-def named_form(request: Request, *, sampled: bool) -> tuple[str, tuple[spec.PassStep, ...]]:
-    """Return a form that was asked for by name in words, and its passes; the first makes it."""
-    cleanup = spec.PassStep("eliminate-dead")
-    if request.precision == "fp16":
-        return "fp16", (spec.PassStep("convert-fp16"), cleanup)
-    name = request.weight_only or ""
-    options = dict(WEIGHT_ONLY[name].options)
-    if request.block is not None:
-        options["block"] = request.block
-    if sampled and WEIGHT_ONLY[name].name == "quantize-weights" and options["bits"] < 8:
-        options["method"] = "gptq"
-    return f"weight-only {name}", (spec.PassStep(WEIGHT_ONLY[name].name, options), cleanup)
 
 
 def work_share(model: Model, recipe: Recipe, feed: Feeds) -> float:

@@ -50,6 +50,12 @@ MinCosine = Annotated[float | None, typer.Option(help="least mean cosine of ever
 MinAgreement = Annotated[
     float | None, typer.Option(help="least part of decisions (largest score, mask above 0.5) that stay as they were")
 ]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        help="largest mean loss of probability: what the float model gives its own class, less what it gives the result's"
+    ),
+]
 Isa = Annotated[
     Literal["vnni", "avx512", "avx2"],
     typer.Option(help="what the machine that runs the result has: without VNNI, 8-bit products may saturate"),
@@ -66,6 +72,7 @@ def quantize(
     min_sqnr: MinSqnr = None,
     min_cosine: MinCosine = None,
     min_agreement: MinAgreement = None,
+    max_loss: MaxLoss = None,
     precision: Annotated[Literal["int8", "fp16"], typer.Option(help="of arithmetic, where it pays")] = "int8",
     weight_only: Annotated[
         Literal["int8", "int4", "nf4", "codebook"] | None,
@@ -107,7 +114,7 @@ def quantize(
     load_plugins(plugin)
     if max_drop is not None and evaluate is None:
         raise SpecError("--max-drop needs a metric", hint="--eval FILE.py:FUNCTION")
-    bound = Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop)
+    bound = Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss)
     with working(f"quantizing {model.name}", as_json) as progress:
         result = run_quantize(
             load(model, custom_ops=custom_ops or ()), data=data, bound=bound, precision=precision,

@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from graphopt import latency, spec
-from graphopt.analysis.placement import Layer, place
+from graphopt.analysis.placement import Layer, inner_layers, place
 from graphopt.analysis.placement import layers as find_layers
 from graphopt.analysis.shapes import Shapes
 from graphopt.calibrate import Calibration, calibrate
 from graphopt.compiled import inspect_layers
+from graphopt.edit import label
+from graphopt.errors import ModelError
 from graphopt.judge import Progress
 from graphopt.latency import LatencyModel, LayerCost
 from graphopt.model import Model
@@ -109,6 +111,7 @@ class LayerChoice:
         self.judge, self.budget, self.progress = judge, budget, progress
         self.rows: list[LayerRow] = []
         self.tried: list[Tried] = []
+        self.notes: dict[str, None] = {}
         self.canonical = canonical
         if recipe.prepare:
             self.canonical = Pipeline(recipe.prepare).run(canonical, samples=samples, settings=settings).model
@@ -157,8 +160,18 @@ class LayerChoice:
         return (quantize, *accurate, *self.recipe.fuse, *cleanup)
 
     def _built(self, steps: tuple[spec.Step, ...]) -> Model:
-        settings = replace(self.settings, known=self.known)
-        return Pipeline(steps).run(self.canonical, samples=self.samples, settings=settings).model
+        """Return what passes make of the prepared model; those that only refine may fail, and are left out.
+
+        Raises:
+            ModelError: the pass that quantizes failed.
+        """
+        settings = replace(self.settings, known=self.known, on_failure="continue")
+        result = Pipeline(steps).run(self.canonical, samples=self.samples, settings=settings)
+        for record in result.report.failures:
+            if record.name == self.recipe.quantize:
+                raise ModelError(f"{record.name} failed: {record.failure}")
+            self.notes.setdefault(f"{record.name} was left out: {record.failure}")
+        return result.model
 
     def compiled(self, chosen: frozenset[str]) -> frozenset[str]:
         """Return the layers that ORT really runs on integers; those that it does not are refused from here on."""
@@ -239,7 +252,9 @@ class LayerChoice:
         self, costs: LatencyModel, noise: Mapping[str, float] | None, chosen: frozenset[str]
     ) -> list[LayerRow]:
         known = {row.layer: row for row in costs.explain(chosen, noise)}
-        return [self._row(name, known.get(name)) for name in self.order]
+        inside = inner_layers(self.canonical.graph, self.settings.target.provider)
+        inner = [LayerRow(label(node), node.op, "float", "it stands in a subgraph") for node in inside]
+        return [self._row(name, known.get(name)) for name in self.order] + inner
 
     def _row(self, name: str, row: LayerCost | None) -> LayerRow:
         op = self._nodes[name].op

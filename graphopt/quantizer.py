@@ -20,11 +20,13 @@ import numpy as np
 
 from graphopt import environment, registry, spec
 from graphopt.analysis.cost import costs
+from graphopt.analysis.placement import inner_layers
 from graphopt.analysis.placement import layers as find_layers
 from graphopt.analysis.shapes import Shapes as TensorShapes
 from graphopt.base import Target
 from graphopt.data import Spec, load_samples
 from graphopt.decisions import Decisions, Selection, checked, read_decisions
+from graphopt.edit import label
 from graphopt.errors import DataError, GateMissedError, SpecError
 from graphopt.judge import Comparison, Condition, Progress, judging
 from graphopt.layer_choice import LayerChoice, Recipe
@@ -206,6 +208,7 @@ class _Task:
         self.tried: list[Tried] = []
         self._check: QualityCheck | None = None
         self.rows: list[LayerRow] = []
+        self.notes: list[str] = []
 
     def run(self) -> Quantized:
         """Return the best result."""
@@ -275,6 +278,7 @@ class _Task:
         found = choice.best()
         self.tried += choice.tried
         self.rows = self.rows or choice.rows
+        self.notes += choice.notes
         if found is None:
             return None
         tried = next(t for t in choice.tried if t.quality is found.quality)
@@ -346,7 +350,8 @@ class _Task:
         }
         return QuantizationReport(
             str(self.original.path or "<memory>"), self.request.seed, self.request.bound.to_dict(),
-            size_of(self.original), size_of(model), layers=list(rows), tried=self.tried, samples=described,
+            size_of(self.original), size_of(model), layers=list(rows), tried=self.tried, notes=list(self.notes),
+            samples=described,
             bytes_before=self.original.emitted_bytes(), bytes_after=model.emitted_bytes(), **fields,
         )  # fmt: skip
 
@@ -431,7 +436,9 @@ def work_share(model: Model, recipe: Recipe, feed: Feeds) -> float:
 def unable(model: Model, provider: str) -> list[LayerRow]:
     """Return one row per layer with the reason why it cannot run on integers."""
     found = find_layers(model.graph, TensorShapes(model), provider)
-    return [LayerRow(layer.label, layer.node.op, "float", layer.why_not) for layer in found]
+    rows = [LayerRow(layer.label, layer.node.op, "float", layer.why_not) for layer in found]
+    inside = inner_layers(model.graph, provider)
+    return rows + [LayerRow(label(node), node.op, "float", "it stands in a subgraph") for node in inside]
 
 
 def _lowering(lossless: Result) -> tuple[spec.Step, ...]:

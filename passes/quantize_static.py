@@ -21,10 +21,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import array_of, is_constant, scalar_of
-from graphopt.analysis.placement import Coded, Layer, Placement, layers, output_axis, place
+from graphopt.analysis.placement import Coded, Layer, Placement, inner_layers, layers, output_axis, place
 from graphopt.base import Change, Context, Pass
 from graphopt.codes import Affine, WeightMethod, activation_code, weight_code
-from graphopt.edit import Edit, is_output, label, make_node, replace_output, subgraphs
+from graphopt.edit import Edit, is_output, label, make_node, replace_output
 from graphopt.errors import DataError
 from graphopt.ops import is_standard
 from graphopt.registry import register
@@ -101,7 +101,8 @@ class QuantizeStatic(Pass):
                 yield Change(layer.label, f"{layer.node.op} in int8", why)
             else:
                 chosen.append(layer.node)
-        yield from _inner(graph)
+        for node in inner_layers(graph, provider):
+            yield Change(label(node), f"{node.op} in int8", "it stands in a subgraph")
         yield from self._changes(graph, ctx, chosen)
 
     def _left_out(self, layer: Layer) -> str:
@@ -149,18 +150,6 @@ class QuantizeStatic(Pass):
             found.append(calibration.range(coded.tensor.name, self.ranges))
         code = activation_code(min(r.low for r in found), max(r.high for r in found), ACTIVATION)
         return _whole(code, members[0].tensor) if len(members) == 1 else code
-
-
-def _inner(graph: gs.Graph) -> Iterator[Change]:
-    """Say of layers in subgraphs that they stay float: what flows there cannot be measured from outside."""
-    stack = [g for n in graph.nodes for g in subgraphs(n)]
-    while stack:
-        inner = stack.pop()
-        for node in inner.nodes:
-            stack += subgraphs(node)
-            form = CPU_FORMS.get(node.op) if is_standard(node) else None
-            if form is not None and form.weight is not None:
-                yield Change(label(node), f"{node.op} in int8", "it stands in a subgraph")
 
 
 class _Writer:

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import is_constant, parameter
 from graphopt.analysis.shapes import Shapes
-from graphopt.edit import is_output, label
+from graphopt.edit import is_output, label, nested_graphs
 from graphopt.ops import DEQUANTIZE, QUANTIZE, is_standard
 from graphopt.targets import FOLDED, INTEGER_FORMS, OUTPUT_AXIS, SMALL_OPERAND, IntegerForm
 
@@ -317,3 +317,10 @@ class _Placer:
 def is_quantized(graph: gs.Graph) -> bool:
     """Tell whether a graph has quantized values already."""
     return any(is_standard(node, *QUANTIZE, *DEQUANTIZE) for node in graph.nodes)
+
+
+def inner_layers(graph: gs.Graph, provider: str) -> list[gs.Node]:
+    """Return the layers in subgraphs, at any depth: what flows there cannot be measured from outside."""
+    forms = INTEGER_FORMS.get(provider, {})
+    inner = [node for sub in nested_graphs(graph.nodes) for node in sub.nodes]
+    return [n for n in inner if is_standard(n) and n.op in forms and forms[n.op].weight is not None]

@@ -53,7 +53,7 @@ MinAgreement = Annotated[
 MaxLoss = Annotated[
     float | None,
     typer.Option(
-        help="largest mean loss of probability: what the float model gives its own class, less what it gives the result's"
+        help="largest mean loss of probability: the float model's own, of its class less of the result's"
     ),
 ]
 Isa = Annotated[

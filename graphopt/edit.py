@@ -343,3 +343,13 @@ def drop_declared(graph: gs.Graph, gone: set[int]) -> None:
     held = origin(graph)
     if held is not None and gone:
         held.declared[:] = [c for c in held.declared if id(c) not in gone]
+
+
+def order_constants(graph: gs.Graph) -> None:
+    """Declare a graph's constants in the order in which its nodes read them: none is left of when they were made."""
+    held = origin(graph)
+    if held is None:
+        return
+    used = {id(t): t for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
+    rest = [constant for constant in held.declared if id(constant) not in used]
+    held.declared[:] = [*used.values(), *rest]

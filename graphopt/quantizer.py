@@ -26,7 +26,7 @@ from graphopt.analysis.shapes import Shapes as TensorShapes
 from graphopt.base import Target
 from graphopt.data import Spec, load_samples
 from graphopt.decisions import Decisions, Selection, checked, read_decisions
-from graphopt.edit import label
+from graphopt.edit import label, order_constants
 from graphopt.errors import DataError, GateMissedError, SpecError
 from graphopt.judge import Comparison, Condition, Progress, judging
 from graphopt.layer_choice import LayerChoice, Recipe
@@ -209,6 +209,7 @@ class _Task:
         self._check: QualityCheck | None = None
         self.rows: list[LayerRow] = []
         self.notes: list[str] = []
+        self.outcomes: list[str] = []
 
     def run(self) -> Quantized:
         """Return the best result."""
@@ -266,7 +267,9 @@ class _Task:
     def _chosen(self, canonical: Model, recipe: Recipe, lowering: tuple[spec.Step, ...]) -> Candidate | None:
         """Return the best model of one form, None where no choice of layers keeps the bound."""
         assert self.calibrating is not None
-        if work_share(canonical, recipe, self.feeds.first()) < LEAST_SHARE:
+        share = work_share(canonical, recipe, self.feeds.first())
+        if share < LEAST_SHARE:
+            self.outcomes.append(f"{recipe.form}: {share:.0%} of the work is in {' and '.join(sorted(recipe.ops))}")
             return None
         if saturates(self.request.isa):
             recipe = recipe.safe(self.request.isa)
@@ -280,6 +283,7 @@ class _Task:
         self.rows = self.rows or choice.rows
         self.notes += choice.notes
         if found is None:
+            self.outcomes.append(f"{recipe.form}: {choice.outcome}")
             return None
         tried = next(t for t in choice.tried if t.quality is found.quality)
         pipeline = Pipeline((*self._prefix(), *found.steps))
@@ -318,15 +322,11 @@ class _Task:
     ) -> Quantized:
         """Return the lossless model, and why no other."""
         rows = self.rows or unable(canonical, self.request.provider)
-        if candidates and timing is not None:
-            reason = "; ".join(f"{one.form}: {one.tried.verdict}" for one in candidates)
-        elif self.tried:
-            reason = "no choice of layers keeps the bound: " + self.tried[-1].verdict
-        elif rows:
-            reason = "no layer can run on integers: " + "; ".join(sorted({row.why for row in rows if row.why})[:3])
-        else:
-            reason = "it has no layers that could run on integers"
-        rows = [replace(row, precision="float", why=row.why or reason) for row in rows]
+        timed = [f"{one.form}: {one.tried.verdict}" for one in candidates]
+        reason = "; ".join([*timed, *self.outcomes]) if rows else "it has no layers that could run on integers"
+        rows = [
+            row if row.precision == "float" and row.why else replace(row, precision="float", why=reason) for row in rows
+        ]
         report = self._report(lossless.model, rows, decision="lossless", reason=reason, form="float")
         report.pipeline = lossless.report.pipeline
         report.quality = self.quality(lossless.model)
@@ -337,6 +337,7 @@ class _Task:
 
     def _finished(self, best: Candidate, timing: Comparison | None) -> Quantized:
         best.tried.verdict = best.tried.verdict or "kept"
+        order_constants(best.model.graph)  # so that a replay writes the same bytes
         report = self._report(best.model, best.rows, form=best.form)
         report.pipeline, report.quality, report.timing = str(best.pipeline), best.quality, timing
         settings = self.settings
@@ -417,6 +418,7 @@ class _Task:
         model = self.original.copy()
         if pipeline is not None:
             model = pipeline.run(self.original, samples=self.calibrating, settings=settings).model
+            order_constants(model.graph)
         report = self._report(model, [], reason=f"as decided before{f' in {path}' if path else ''}")
         report.pipeline, report.quality = found.pipeline, self.quality(model)
         report.decisions = found.to_dict()

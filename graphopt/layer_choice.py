@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from graphopt import latency, spec
@@ -23,7 +23,7 @@ from graphopt.errors import ModelError
 from graphopt.judge import Progress
 from graphopt.latency import LatencyModel, LayerCost
 from graphopt.model import Model
-from graphopt.pipeline import Pipeline, Settings
+from graphopt.pipeline import Pipeline, Result, Settings
 from graphopt.quality import Quality
 from graphopt.quantization_report import LayerRow, Tried
 from graphopt.samples import Samples
@@ -101,6 +101,12 @@ class LayerChoice:
         judge: returns how good a model is.
         budget: seconds of timing.
         progress: takes short sentences.
+
+    Attributes:
+        rows: one per layer, once `best` has returned.
+        tried: what was built and judged.
+        notes: passes that were left out.
+        outcome: why `best` found nothing.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class LayerChoice:
         self.rows: list[LayerRow] = []
         self.tried: list[Tried] = []
         self.notes: dict[str, None] = {}
+        self.outcome = ""
         self.canonical = canonical
         if recipe.prepare:
             self.canonical = Pipeline(recipe.prepare).run(canonical, samples=samples, settings=settings).model
@@ -160,6 +167,9 @@ class LayerChoice:
         return (quantize, *accurate, *self.recipe.fuse, *cleanup)
 
     def _built(self, steps: tuple[spec.Step, ...]) -> Model:
+        return self._run(steps).model
+
+    def _run(self, steps: tuple[spec.Step, ...]) -> Result:
         """Return what passes make of the prepared model; those that only refine may fail, and are left out.
 
         Raises:
@@ -171,23 +181,38 @@ class LayerChoice:
             if record.name == self.recipe.quantize:
                 raise ModelError(f"{record.name} failed: {record.failure}")
             self.notes.setdefault(f"{record.name} was left out: {record.failure}")
-        return result.model
+        return result
 
-    def compiled(self, chosen: frozenset[str]) -> frozenset[str]:
-        """Return the layers that ORT really runs on integers; those that it does not are refused from here on."""
+    def compiled(self, chosen: frozenset[str], *, refined: bool = False) -> tuple[Model, frozenset[str]]:
+        """Return a model, and the layers that ORT really runs on integers; others are refused from here on."""
         for _ in range(len(chosen) + 1):
-            found = inspect_layers(self.make(chosen), chosen, self.settings.target.provider)
-            left = {name: why for name, why in found.left_float.items() if name in chosen}
-            if not found.readable or not left:
-                return chosen
-            self.refused.update({name: f"ORT runs it in float: {why}" for name, why in left.items()})
+            result = self._run(self.steps(chosen, refined=refined))
+            found = inspect_layers(result.model, chosen, self.settings.target.provider)
+            left = {name: f"ORT runs it in float: {why}" for name, why in found.left_float.items()}
+            left.update((name, why) for name, why in self._blocked(result).items() if name in chosen)
+            if not left:
+                break
+            self.refused.update(left)
             chosen -= set(left)
-        return chosen
+        return result.model, chosen
 
-    def best(self) -> Found | None:
-        """Return the fastest choice that keeps the bound, None where there is none."""
-        everything = self.compiled(frozenset(self.able))
+    def _blocked(self, result: Result) -> dict[str, str]:
+        """Return what the quantizing pass left in float, and why."""
+        records = [record for record in result.report.passes if record.name == self.recipe.quantize]
+        return {miss["where"]: miss["why"] for record in records for miss in record.blocked}
+
+    def best(self, beat: float = math.inf) -> Found | None:
+        """Return the fastest choice that keeps the bound, None where there is none.
+
+        Args:
+            beat: part of the float model's time that another form was predicted to take: nothing else is looked for
+                where no choice, however lossy, would take less.
+        """
+        _, everything = self.compiled(frozenset(self.able))
         if not everything:
+            self.rows = [self._row(name, None) for name in self.order] + self._inner()
+            whys = sorted(set(self.refused.values()))
+            self.outcome = "no layer can run on integers: " + "; ".join(whys[:3]) + (" …" if whys[3:] else "")
             return None
         names = [name for name in self.order if name in everything]
         self.progress("timing layers")
@@ -195,25 +220,34 @@ class LayerChoice:
             self.canonical, self.make, names, self.samples.limit(TIMED), provider=self.settings.target.provider,
             threads=self.settings.target.threads, budget=self.budget, progress=self.progress,
         )  # fmt: skip
-        silent = dict.fromkeys(names, 0.0)
-        fastest = assign(costs, silent)
+        fastest = assign(costs, dict.fromkeys(names, 0.0))
         if not fastest.int8:
-            self.rows = self._explained(costs, None, frozenset())
+            self.outcome = "no choice of layers would be faster"
+            self.rows = self._explained(costs, None, ())
+            return None
+        if (predicted := fastest.seconds / costs.predict(())) >= beat:
+            self.outcome = f"at best {predicted:.3f} of the float model's time, no faster than the form before"
+            self.rows = self._explained(costs, None, ())
             return None
         quality, found = self._tried(fastest, costs)
-        if quality.ok:
-            self.rows = self._explained(costs, None, fastest.int8)
+        if quality.ok and found.chosen:
+            self.rows = self._explained(costs, None, found.chosen)
             return found
         self.progress("measuring what each layer harms")
         noise = measure_noise(
             self.canonical, self.make, names, self.samples, provider=self.settings.target.provider,
             progress=self.progress,
         )  # fmt: skip
-        within = self._search(costs, noise, fastest.int8)
-        self.rows = self._explained(costs, noise, frozenset(within.chosen if within else ()))
+        within = self._search(costs, noise, fastest.int8, beat)
+        self.rows = self._explained(costs, noise, within.chosen if within else ())
+        if within is None:
+            closest = max(self.tried, key=lambda t: -math.inf if t.quality is None else t.quality.score)
+            self.outcome = "no choice of layers keeps the bound: " + closest.verdict
         return within
 
-    def _search(self, costs: LatencyModel, noise: Mapping[str, float], missed: frozenset[str]) -> Found | None:
+    def _search(
+        self, costs: LatencyModel, noise: Mapping[str, float], missed: frozenset[str], beat: float
+    ) -> Found | None:
         """Return the fastest choice that was judged good, looked for between no noise and that of one that missed."""
         low, high = 0.0, max(sum(noise.get(name, 0.0) for name in missed), 1e-30)
         best: Found | None = None
@@ -221,13 +255,15 @@ class LayerChoice:
         limit = high / COARSE
         for _ in range(ATTEMPTS):
             choice = assign(costs, noise, limit)
+            if choice.seconds / costs.predict(()) >= beat:
+                break  # a tighter bound is slower still
             if choice.int8 in seen or not choice.int8:  # a bound between two choices, or below all
                 good = choice.int8 and best is not None and choice.noise <= low
                 low, high = (limit, high) if good else (low, limit)
             else:
                 seen.add(choice.int8)
                 quality, candidate = self._tried(choice, costs)
-                if quality.ok:
+                if quality.ok and candidate.chosen:
                     low = max(limit, choice.noise)
                     best = candidate if best is None or candidate.predicted < best.predicted else best
                 else:
@@ -239,22 +275,24 @@ class LayerChoice:
 
     def _tried(self, choice: Assignment, costs: LatencyModel) -> tuple[Quality, Found]:
         self.progress(f"trying {len(choice.int8)} layers in int8 ({len(self.tried) + 1})")
-        steps = self.steps(choice.int8, refined=True)
-        model = self._built(steps)
+        model, int8 = self.compiled(choice.int8, refined=True)
         quality = self.judge(model)
-        relative = choice.seconds / costs.predict(())
+        relative = costs.predict(int8) / costs.predict(())
         verdict = "keeps the bound" if quality.ok else "; ".join(quality.failures)
-        self.tried.append(Tried(self.recipe.form, len(choice.int8), relative, quality, verdict=verdict))
-        chosen = tuple(name for name in self.order if name in choice.int8)
-        return quality, Found(model, chosen, (*self.recipe.prepare, *steps), quality, relative)
+        self.tried.append(Tried(self.recipe.form, len(int8), relative, quality, verdict=verdict))
+        chosen = tuple(name for name in self.order if name in int8)
+        steps = (*self.recipe.prepare, *self.steps(int8, refined=True))
+        return quality, Found(model, chosen, steps, quality, relative)
 
     def _explained(
-        self, costs: LatencyModel, noise: Mapping[str, float] | None, chosen: frozenset[str]
+        self, costs: LatencyModel, noise: Mapping[str, float] | None, chosen: Collection[str]
     ) -> list[LayerRow]:
-        known = {row.layer: row for row in costs.explain(chosen, noise)}
+        known = {row.layer: row for row in costs.explain(chosen, noise) if row.layer not in self.refused}
+        return [self._row(name, known.get(name)) for name in self.order] + self._inner()
+
+    def _inner(self) -> list[LayerRow]:
         inside = inner_layers(self.canonical.graph, self.settings.target.provider)
-        inner = [LayerRow(label(node), node.op, "float", "it stands in a subgraph") for node in inside]
-        return [self._row(name, known.get(name)) for name in self.order] + inner
+        return [LayerRow(label(node), node.op, "float", "it stands in a subgraph") for node in inside]
 
     def _row(self, name: str, row: LayerCost | None) -> LayerRow:
         op = self._nodes[name].op

@@ -10,6 +10,7 @@ repaired by leaving layers in float, and one that is not faster than the lossles
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,13 +57,13 @@ LOSSLESS_SHARE = 0.35
 
 RECIPES = (
     Recipe(
+        "dynamic int8", "quantize-dynamic", frozenset({"MatMul", "Gemm"}),
+        prepare=spec.parse("lower-activations, smooth-quant"), ranges=False,
+    ),
+    Recipe(
         "static int8", "quantize-static", frozenset({"Conv", "MatMul", "Gemm"}), {"ranges": "mse"},
         prepare=spec.parse("widen-channels{multiple=16}"),
         refine=spec.parse("round-weights, correct-bias"), fuse=spec.parse("fuse-into-codes"),
-    ),
-    Recipe(
-        "dynamic int8", "quantize-dynamic", frozenset({"MatMul", "Gemm"}),
-        prepare=spec.parse("lower-activations, smooth-quant"), ranges=False,
     ),
 )  # fmt: skip
 """Forms with integer arithmetic; each is tried where its layers do at least `LEAST_SHARE` of the work."""
@@ -258,13 +259,19 @@ class _Task:
         )  # fmt: skip
         lowering = _lowering(lossless)
         canonical = Pipeline(self._prefix()).run(self.original, samples=self.feeds, settings=self.settings).model
-        candidates = [c for recipe in RECIPES if (c := self._chosen(canonical, recipe, lowering)) is not None]
+        candidates: list[Candidate] = []
+        for recipe in RECIPES:
+            beat = min((c.tried.predicted or math.inf for c in candidates), default=math.inf)
+            found = self._chosen(canonical, recipe, lowering, beat)
+            candidates += [] if found is None else [found]
         best, timing = self._timed(lossless.model, candidates)
         if best is None:
             return self._kept(lossless, canonical, candidates, timing)
         return self._finished(best, timing)
 
-    def _chosen(self, canonical: Model, recipe: Recipe, lowering: tuple[spec.Step, ...]) -> Candidate | None:
+    def _chosen(
+        self, canonical: Model, recipe: Recipe, lowering: tuple[spec.Step, ...], beat: float
+    ) -> Candidate | None:
         """Return the best model of one form, None where no choice of layers keeps the bound."""
         assert self.calibrating is not None
         share = work_share(canonical, recipe, self.feeds.first())
@@ -278,9 +285,9 @@ class _Task:
             canonical, self.calibrating, recipe, lowering, self.settings, self._judged,
             budget=budget, progress=self.progress,
         )  # fmt: skip
-        found = choice.best()
+        found = choice.best(beat)
         self.tried += choice.tried
-        self.rows = self.rows or choice.rows
+        self.rows = choice.rows or self.rows
         self.notes += choice.notes
         if found is None:
             self.outcomes.append(f"{recipe.form}: {choice.outcome}")
@@ -431,7 +438,7 @@ def work_share(model: Model, recipe: Recipe, feed: Feeds) -> float:
     macs = {node.op: 0 for node in model.graph.nodes}
     for node in model.graph.nodes:
         macs[node.op] += found.of(node).macs or 1
-    layers = sum(macs.get(op, 0) for r in RECIPES for op in r.ops if r is RECIPES[0])
+    layers = sum(macs.get(op, 0) for op in {op for each in RECIPES for op in each.ops})
     return sum(macs.get(op, 0) for op in recipe.ops) / layers if layers else 0.0
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from graphopt.analysis.quantized import why_float
 from graphopt.edit import label
-from graphopt.kernels import is_integer
+from graphopt.kernels import FLOAT_KERNELS, is_integer
 from graphopt.model import Model, load
 from graphopt.profile import optimized_graph
 from graphopt.trace import Trace
@@ -55,6 +55,6 @@ def inspect_layers(model: Model, layers: Collection[str], provider: str = "cpu")
                 continue
             if is_integer(kernel.node.op_type):
                 integer.add(name)
-            elif kernel.node.op_type == node.op:
+            elif kernel.node.op_type in FLOAT_KERNELS.get(node.op, {node.op}):
                 left[name] = why_float(node, original[max(kernel.stands)])
     return Compiled(frozenset(integer), {name: why for name, why in left.items() if name not in integer})

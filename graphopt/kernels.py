@@ -68,6 +68,13 @@ ELEMENTWISE = ARITHMETIC | {
 }  # fmt: skip
 """Kernels that read and write each element once: what they cost is memory."""
 
+FLOAT_KERNELS: Mapping[str, frozenset[str]] = {
+    "Conv": frozenset({"Conv", "FusedConv"}),
+    "MatMul": frozenset({"MatMul", "FusedMatMul", "Gemm", "FusedGemm"}),
+    "Gemm": frozenset({"Gemm", "FusedGemm", "MatMul", "FusedMatMul"}),
+}
+"""Layer -> what ORT may call the float kernel that it becomes part of."""
+
 _INTEGER = re.compile(
     r"QLinear\w+|QGemm|QAttention|QOrdered\w+|\w+Integer(ToFloat)?|DynamicQuantize(MatMul|LSTM)|MatMul\w*Bits"
 )

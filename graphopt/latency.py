@@ -194,6 +194,10 @@ def _why(layer: str, chosen: frozenset[str], change: float, noise: Mapping[str, 
         return f"{other} would cost {change * 1e6:.0f} µs more"
     if layer in chosen:
         return f"{other} would save {-change * 1e6:.0f} µs; what it is part of pays"
+    if noise is None:
+        return f"int8 would save {-change * 1e6:.0f} µs, which is too little to tell"
+    if not chosen:
+        return f"int8 would save {-change * 1e6:.0f} µs, but nothing that was tried with it keeps the bound"
     return f"int8 would save {-change * 1e6:.0f} µs; its noise is spent better elsewhere"
 
 

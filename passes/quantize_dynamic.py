@@ -198,14 +198,14 @@ class _Writer:
 
     def write(self, node: gs.Node) -> None:
         """Put the integer product in the place of a node."""
-        source, output = node.inputs[0], node.outputs[0]
+        source, output, layer = node.inputs[0], node.outputs[0], label(node)
         codes, scale, zero = self._input(source, node)
         weight, weight_scale = self._weight(node)
         known = self.maker.ctx.shapes.proved(output)
         replace_output(node, output, gs.Variable.empty())
         name, bias = output.name, _bias(node)
         summed = self._tensor(f"{name}/integer", np.int32, known)
-        self._node("MatMulInteger", [codes, weight, zero], summed, node)
+        self._node("MatMulInteger", [codes, weight, zero], summed, node).name = layer
         floats = self._tensor(f"{name}/float", np.float32, known)
         self._node("Cast", [summed], floats, node, {"to": int(onnx.TensorProto.FLOAT)})
         factor = self.maker.tensor(f"{name}/scale", TensorType(FLOAT, tuple(weight_scale.shape)))
@@ -218,8 +218,8 @@ class _Writer:
 
     def _node(
         self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, like: gs.Node, attrs: dict[str, Any] | None = None
-    ) -> None:
-        self.maker.node(op, inputs, [output], attrs, like=[like])
+    ) -> gs.Node:
+        return self.maker.node(op, inputs, [output], attrs, like=[like])
 
     def _tensor(self, name: str, dtype: Any, known: TensorType) -> gs.Variable:
         return self.maker.tensor(name, TensorType(np.dtype(dtype), known.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def filled(value: float, count: int = 20) -> list[dict[str, Array]]:
     return [{"x": np.full(SMALL, value, np.float32)} for _ in range(count)]
 
 
-def all_that_the_noise_allows(costs: Any, noise: Mapping[str, float], limit: float) -> Any:
+def all_that_the_noise_allows(costs: Any, noise: Mapping[str, float], limit: float = math.inf) -> Any:
     """Choose layers as `assign` does, but whatever they cost: the quietest first."""
     chosen: set[str] = set()
     total = 0.0

@@ -52,6 +52,8 @@ def why_float(node: gs.Node, last: gs.Node) -> str:
     plain = [t for t in inputs if not dequantized(t)]
     if plain:
         rest = [t for t in inputs if dequantized(t)]
+        if not rest:
+            return "none of its inputs is quantized"
         if all(is_constant(t.inputs[0].inputs[0]) for t in rest):
             return f"only its weight is quantized: input '{plain[0].name}' is float"
         return f"its {'constant ' if is_constant(plain[0]) else ''}input '{plain[0].name}' is float"

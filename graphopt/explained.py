@@ -15,7 +15,7 @@ from graphopt.dry_run import by_step
 from graphopt.explain import Explanation, MoveRow, NodeRow
 from graphopt.tables import grid, lines, milliseconds
 
-OPS, MOVES, FLOATS, SLOWEST, CHANGES, MISSES = 10, 5, 5, 6, 6, 6
+OPS, MOVES, LAYERS, FLOATS, SLOWEST, CHANGES, MISSES = 10, 5, 8, 5, 6, 6, 6
 """Rows of each table where not all are shown."""
 
 UNPLACED = 0.005
@@ -35,6 +35,7 @@ def explanation(found: Explanation, *, everything: bool = False) -> Group:
         parts += lines(["this provider's graph cannot be read: what became of the nodes is unknown"], "yellow")
     parts += _operators(found, everything)
     parts += _layout(found, everything)
+    parts += _layers(found, everything)
     parts += _floats(found, everything)
     parts += _nodes(found, everything)
     parts += _changes(found, everything)
@@ -144,6 +145,36 @@ def _layout(found: Explanation, everything: bool) -> list[RenderableType]:
         for (op, forced, why), members in sorted(groups.items(), key=lambda g: -sum(m.share for m in g[1]))
     ]  # fmt: skip
     return _section("added between kernels", ("added", "time", "because of", "such as"), rows, MOVES, everything)
+
+
+def _layers(found: Explanation, everything: bool) -> list[RenderableType]:
+    """Return which layers run on integers, which in float and why, where a model has any of the former or means to."""
+    total = sum(found.macs.values())
+    if not total or not (found.macs["integer"] or found.floats):
+        return []
+    whys = {row.name: row.why for row in found.floats}
+    groups: dict[tuple[str, str, str], list[NodeRow]] = defaultdict(list)
+    for row in found.nodes:
+        if row.kernel and row.macs:
+            groups[row.op, row.arithmetic or "other", _because(row, whys)].append(row)
+    rows = [
+        {
+            "layers": f"{len(members)} {op}", "arithmetic": arithmetic,
+            "MACs": _percent(sum(m.macs or 0 for m in members) / total),
+            "time": _percent(sum(m.share or 0.0 for m in members)), "because": why,
+            "such as": _names([m.name for m in members], everything),
+        }
+        for (op, arithmetic, why), members in sorted(groups.items(), key=lambda g: -sum(m.macs or 0 for m in g[1]))
+    ]  # fmt: skip
+    columns = ("layers", "arithmetic", "MACs", "time", "because", "such as")
+    return _section("layers by arithmetic", columns, rows, LAYERS, everything, numeric=("MACs",))
+
+
+def _because(row: NodeRow, whys: dict[str, str]) -> str:
+    """Return why a layer runs on integers or in float, other nodes' names left out."""
+    if row.arithmetic == "integer":
+        return f"runs as {row.kernel}"
+    return re.sub(r" '[^']*'", "", whys[row.name]) if row.name in whys else "not quantized: nothing it reads has a code"
 
 
 def _floats(found: Explanation, everything: bool) -> list[RenderableType]:

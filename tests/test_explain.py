@@ -127,6 +127,30 @@ def test_all_around_an_integer_convolution_is_part_of_it() -> None:
     assert found["xQ"].fate == found["yDQ"].fate == "kept"
 
 
+def test_layers_are_listed_by_arithmetic_with_the_reason() -> None:
+    tail = [
+        N("QuantizeLinear", ["c", "ys", "z"], ["yq"], name="yQ"),
+        N("DequantizeLinear", ["yq", "ys", "z"], ["yd"], name="yDQ"),
+        N("Conv", ["yd", "f"], ["e"], name="half-way", **models.PAD),
+        N("Conv", ["e", "f"], ["y"], name="plain", **models.PAD),
+    ]
+    given = models.quantized(tail=tail)
+    given.graph.initializer.append(onnx.numpy_helper.from_array(models.numbers(16, 16, 3, 3), "f"))
+    lines = shown(explain(given), width=1000)
+    table = [" ".join(line.split()) for line in lines[lines.index("layers by arithmetic") + 2 :]]
+    told = {line.split()[-1]: line for line in table[: table.index("")]}
+    assert set(told) == {"conv", "half-way", "plain"}
+    assert told["conv"].startswith("1 Conv integer 33.3% ")
+    assert "runs as QLinearConv" in told["conv"]
+    assert "float 33.3%" in told["half-way"]
+    assert "its constant input is float" in told["half-way"]
+    assert "not quantized: nothing it reads has a code" in told["plain"]
+
+
+def test_a_float_model_has_no_table_of_arithmetic() -> None:
+    assert "layers by arithmetic" not in shown(explain(models.conv_norm_relu()))
+
+
 def test_a_lone_norm_becomes_a_convolution_of_the_blocked_layout() -> None:
     middle = [
         N("Relu", ["a"], ["r"], name="bend"),

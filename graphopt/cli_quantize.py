@@ -23,7 +23,6 @@ from graphopt.options import (
     Provider,
     Seed,
     Shape,
-    ThreadCounts,
     WriteDecisions,
 )
 
@@ -31,36 +30,54 @@ Samples = Annotated[
     str | None,
     typer.Option(
         metavar="SAMPLES",
-        help="representative samples: .npz, folder of .npz, test_data_set folder, or file.py:function; half of them "
-        "calibrate, the others judge",
+        help="representative samples, which int8 needs: .npz, folder of .npz, test_data_set folder, or "
+        "file.py:function; half of them calibrate, the others judge",
     ),
 ]
 Metric = Annotated[
     str | None,
     typer.Option(
         "--eval", metavar="FILE.py:FUNCTION",
-        help="task metric that the result must keep: gets predict(feeds) -> outputs, returns a number or one per item",
+        help="the task's metric, to be kept: gets predict(feeds) -> outputs, returns a number or one per item; higher "
+        "is better",
     ),
 ]  # fmt: skip
 MaxDrop = Annotated[
     str | None, typer.Option(metavar="X|X%", help="largest drop of the metric [default: 1%]", show_default=False)
 ]
-MinSqnr = Annotated[float | None, typer.Option(metavar="DB", help="least signal-to-noise ratio of every float output")]
-MinCosine = Annotated[float | None, typer.Option(help="least mean cosine of every output with the float model's")]
+MinSqnr = Annotated[
+    float | None,
+    typer.Option(metavar="DB", help="least signal to noise of every float output; 20: noise of a tenth of the signal"),
+]
+MinCosine = Annotated[
+    float | None, typer.Option(metavar="X", help="least mean cosine of an output's rows with the float model's")
+]
 MinAgreement = Annotated[
-    float | None, typer.Option(help="least part of decisions (largest score, mask above 0.5) that stay as they were")
+    float | None,
+    typer.Option(
+        metavar="X", help="least part of rows whose largest score stays the largest; of masks: overlap above 0.5"
+    ),
 ]
 MaxLoss = Annotated[
     float | None,
     typer.Option(
-        help="largest mean loss of probability: the float model's own, of its class less of the result's"
+        metavar="X", help="largest mean loss of probability where another class wins; 0.003 is 0.3 points of accuracy"
     ),
 ]
 Isa = Annotated[
     Literal["vnni", "avx512", "avx2"],
     typer.Option(help="what the machine that runs the result has: without VNNI, 8-bit products may saturate"),
 ]
-Seconds = Annotated[float, typer.Option("--budget", min=1, metavar="SECONDS", help="time that timing may take, about")]
+Seconds = Annotated[
+    float,
+    typer.Option(
+        "--budget", min=1, metavar="SECONDS", help="time for timing, about; calibrating and judging come on top"
+    ),
+]
+Threads = Annotated[
+    list[str] | None,
+    typer.Option(metavar="N[,N…]", help="intra-op threads to time with, all of them [default: 1]", show_default=False),
+]
 
 
 def quantize(
@@ -73,20 +90,26 @@ def quantize(
     min_cosine: MinCosine = None,
     min_agreement: MinAgreement = None,
     max_loss: MaxLoss = None,
-    precision: Annotated[Literal["int8", "fp16"], typer.Option(help="of arithmetic, where it pays")] = "int8",
+    precision: Annotated[
+        Literal["int8", "fp16"], typer.Option(help="of arithmetic: int8 where it pays, or fp16 as asked, for GPUs")
+    ] = "int8",
     weight_only: Annotated[
         Literal["int8", "int4", "nf4", "codebook"] | None,
-        typer.Option(help="store weights in this form, compute in float; needs no samples"),
+        typer.Option(help="store weights in this form, compute in float; needs no samples, int4 uses them"),
     ] = None,
     block: Annotated[
-        int | None, typer.Option(min=0, help="weights that share a scale, with --weight-only; 0: one per channel")
+        int | None,
+        typer.Option(
+            min=0, help="with --weight-only: weights that share a scale; 0: one per channel [default: 32 for int4]"
+        ),
     ] = None,
     objective: Annotated[
-        Literal["latency", "size"], typer.Option(help="fastest, or smallest file (which may be slower)")
+        Literal["latency", "size"],
+        typer.Option(help="fastest, or smallest file (weight-only forms, which may be slower)"),
     ] = "latency",
     isa: Isa = "vnni",
     provider: Provider = "cpu",
-    threads: ThreadCounts = None,
+    threads: Threads = None,
     contrib: Contrib = False,
     budget: Seconds = 60.0,
     decisions: DecisionsFile = None,
@@ -98,7 +121,11 @@ def quantize(
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize what gets faster by it and keeps the accuracy; else return the lossless model, and say why."""
+    """Quantize what gets faster by it and keeps the accuracy; else return the lossless model, and say why.
+
+    Without --eval and limits, what is asked of an output follows from what it looks like: classes, a mask, rows of
+    numbers.
+    """
     from graphopt import destinations  # noqa: PLC0415  (heavy imports only when needed)
     from graphopt.decisions import save_decisions  # noqa: PLC0415
     from graphopt.model import load  # noqa: PLC0415

@@ -388,6 +388,8 @@ class _Task:
             )
         result = self._finished(Candidate(form.name, made.model, pipeline, quality, rows, tried), None)
         result.report.notes += record.notes
+        if quality is None:
+            result.report.notes.append("what it costs in accuracy was not judged: there are no samples (--data)")
         if quality is not None and self._runs_on() != self.request.provider:
             missing = f"{self.request.provider} is not in the installed ONNX Runtime"
             result.report.notes.append(f"judged on {self._runs_on()}: {missing}")

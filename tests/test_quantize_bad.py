@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from graphopt import layer_choice, quantizer
 from graphopt.data import load_samples
-from graphopt.errors import DataError, GraphoptError, SpecError
+from graphopt.errors import DataError, GateMissedError, GraphoptError, SpecError
 from graphopt.model import load
 from graphopt.optimizer import parse_pipeline
 from graphopt.quality import Bound
@@ -137,6 +137,15 @@ def test_no_samples() -> None:
         quantize(convs())
     assert found.value.hint is not None
     assert "--weight-only" in found.value.hint
+
+
+def test_a_bound_without_samples_is_said_to_be_unjudged() -> None:
+    source = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weights(64, 64)}, [2, 64], [2, 64])
+    result = quantize(source, weight_only="int8", bound=Bound(min_sqnr=200.0))
+    assert result.report.quality is None
+    assert any("was not judged" in note for note in result.report.notes)
+    with pytest.raises(GateMissedError, match="misses the bound"):
+        quantize(source, data=samples(shape=(2, 64)), weight_only="int8", bound=Bound(min_sqnr=200.0))
 
 
 def test_empty_samples() -> None:

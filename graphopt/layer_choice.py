@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from graphopt import latency, spec
@@ -41,6 +42,9 @@ TIMED = 1
 
 CLOSER = 1.15
 """Bounds on the noise nearer to each other than this are taken as one."""
+
+REASONS = 3
+"""Reasons that one sentence names at most."""
 
 Judge = Callable[[Model], Quality]
 
@@ -159,7 +163,8 @@ class LayerChoice:
     def steps(self, chosen: frozenset[str], *, refined: bool) -> tuple[spec.Step, ...]:
         """Return the passes that make it from the prepared model."""
         named = tuple(glob.escape(name) for name in self.order if name in chosen)
-        cleanup = (spec.PassStep("eliminate-dead"), *self.lowering, spec.PassStep("eliminate-dead"))
+        dead = spec.PassStep("eliminate-dead")
+        cleanup = (dead, *self.lowering, spec.PassStep("eliminate-common"), dead)
         if not named:
             return cleanup
         quantize = spec.PassStep(self.recipe.quantize, {**self.recipe.options, "only": named})
@@ -211,8 +216,7 @@ class LayerChoice:
         _, everything = self.compiled(frozenset(self.able))
         if not everything:
             self.rows = [self._row(name, None) for name in self.order] + self._inner()
-            whys = sorted(set(self.refused.values()))
-            self.outcome = "no layer can run on integers: " + "; ".join(whys[:3]) + (" …" if whys[3:] else "")
+            self.outcome = unable_reason(self.rows)
             return None
         names = [name for name in self.order if name in everything]
         self.progress("timing layers")
@@ -238,6 +242,7 @@ class LayerChoice:
             self.canonical, self.make, names, self.samples, provider=self.settings.target.provider,
             progress=self.progress,
         )  # fmt: skip
+        self.refused.update(dict.fromkeys(noise.broken, "in int8 it gives values that are not finite"))
         within = self._search(costs, noise, fastest.int8, beat)
         self.rows = self._explained(costs, noise, within.chosen if within else ())
         if within is None:
@@ -266,12 +271,21 @@ class LayerChoice:
                 if quality.ok and candidate.chosen:
                     low = max(limit, choice.noise)
                     best = candidate if best is None or candidate.predicted < best.predicted else best
+                elif len(choice.int8) == 1:  # its noise does not tell what it does: all others, anew
+                    noise = self._without(choice.int8, noise)
+                    high = high if best is not None else COARSE * max(sum(noise.values()), 1e-30)
                 else:
                     high = min(limit, choice.noise)
             if low > 0.0 and high / low < CLOSER:
                 break
             limit = math.sqrt(low * high) if low > 0.0 else high / COARSE
         return best
+
+    def _without(self, layers: frozenset[str], noise: Mapping[str, float]) -> dict[str, float]:
+        """Return the noise of all others; these miss the bound by themselves."""
+        verdict = self.tried[-1].verdict
+        self.refused.update((name, f"it misses the bound by itself: {verdict}") for name in layers)
+        return {name: value for name, value in noise.items() if name not in layers}
 
     def _tried(self, choice: Assignment, costs: LatencyModel) -> tuple[Quality, Found]:
         self.progress(f"trying {len(choice.int8)} layers in int8 ({len(self.tried) + 1})")
@@ -291,11 +305,31 @@ class LayerChoice:
         return [self._row(name, known.get(name)) for name in self.order] + self._inner()
 
     def _inner(self) -> list[LayerRow]:
-        inside = inner_layers(self.canonical.graph, self.settings.target.provider)
-        return [LayerRow(label(node), node.op, "float", "it stands in a subgraph") for node in inside]
+        return _inside(self.canonical, self.settings.target.provider)
 
     def _row(self, name: str, row: LayerCost | None) -> LayerRow:
         op = self._nodes[name].op
         if row is None:
             return LayerRow(name, op, "float", self.refused.get(name, ""))
         return LayerRow(name, op, row.precision, row.why, row.float_us, row.int8_us, row.border_us, row.noise)
+
+
+def unable(model: Model, provider: str) -> list[LayerRow]:
+    """Return one row per layer with the reason why it cannot run on integers."""
+    found = find_layers(model.graph, Shapes(model), provider)
+    rows = [LayerRow(layer.label, layer.node.op, "float", layer.why_not) for layer in found]
+    return rows + _inside(model, provider)
+
+
+def _inside(model: Model, provider: str) -> list[LayerRow]:
+    inside = inner_layers(model.graph, provider)
+    return [LayerRow(label(node), node.op, "float", "it stands in a subgraph") for node in inside]
+
+
+def unable_reason(rows: Sequence[LayerRow]) -> str:
+    """Return in one line why no layer can run on integers."""
+    whys = Counter(row.why for row in rows).most_common()
+    if not whys:
+        return "it has no layers that could run on integers"
+    said = "; ".join(f"{why} ({number} layers)" if number > 1 else why for why, number in whys[:REASONS])
+    return f"no layer can run on integers: {said}{' …' if whys[REASONS:] else ''}"

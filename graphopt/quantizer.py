@@ -21,16 +21,13 @@ import numpy as np
 
 from graphopt import environment, registry, spec
 from graphopt.analysis.cost import costs
-from graphopt.analysis.placement import inner_layers
-from graphopt.analysis.placement import layers as find_layers
-from graphopt.analysis.shapes import Shapes as TensorShapes
 from graphopt.base import Target
 from graphopt.data import Spec, load_samples
 from graphopt.decisions import Decisions, Selection, checked, read_decisions
-from graphopt.edit import label, order_constants
+from graphopt.edit import order_constants
 from graphopt.errors import DataError, GateMissedError, SpecError
 from graphopt.judge import Comparison, Condition, Progress, judging
-from graphopt.layer_choice import LayerChoice, Recipe
+from graphopt.layer_choice import LayerChoice, Recipe, unable, unable_reason
 from graphopt.model import Model, Source, load
 from graphopt.named_forms import HALF, WEIGHT_ONLY, NamedForm
 from graphopt.optimizer import DEFAULT_OPSET, Shapes, default_pipeline, optimize, thread_counts
@@ -274,9 +271,7 @@ class _Task:
     ) -> Candidate | None:
         """Return the best model of one form, None where no choice of layers keeps the bound."""
         assert self.calibrating is not None
-        share = work_share(canonical, recipe, self.feeds.first())
-        if share < LEAST_SHARE:
-            self.outcomes.append(f"{recipe.form}: {share:.0%} of the work is in {' and '.join(sorted(recipe.ops))}")
+        if work_share(canonical, recipe, self.feeds.first()) < LEAST_SHARE:
             return None
         if saturates(self.request.isa):
             recipe = recipe.safe(self.request.isa)
@@ -330,7 +325,7 @@ class _Task:
         """Return the lossless model, and why no other."""
         rows = self.rows or unable(canonical, self.request.provider)
         timed = [f"{one.form}: {one.tried.verdict}" for one in candidates]
-        reason = "; ".join([*timed, *self.outcomes]) if rows else "it has no layers that could run on integers"
+        reason = "; ".join([*timed, *self.outcomes]) or unable_reason(rows)
         rows = [
             row if row.precision == "float" and row.why else replace(row, precision="float", why=reason) for row in rows
         ]
@@ -442,14 +437,6 @@ def work_share(model: Model, recipe: Recipe, feed: Feeds) -> float:
         macs[node.op] += found.of(node).macs or 1
     layers = sum(macs.get(op, 0) for op in {op for each in RECIPES for op in each.ops})
     return sum(macs.get(op, 0) for op in recipe.ops) / layers if layers else 0.0
-
-
-def unable(model: Model, provider: str) -> list[LayerRow]:
-    """Return one row per layer with the reason why it cannot run on integers."""
-    found = find_layers(model.graph, TensorShapes(model), provider)
-    rows = [LayerRow(layer.label, layer.node.op, "float", layer.why_not) for layer in found]
-    inside = inner_layers(model.graph, provider)
-    return rows + [LayerRow(label(node), node.op, "float", "it stands in a subgraph") for node in inside]
 
 
 def _lowering(lossless: Result) -> tuple[spec.Step, ...]:

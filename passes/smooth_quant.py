@@ -38,7 +38,7 @@ from graphopt.analysis.constants import array_of, is_constant
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, label
 from graphopt.importer import NodeOrigin, origin
-from graphopt.ops import is_standard
+from graphopt.ops import HOMOGENEOUS, is_standard
 from graphopt.registry import register
 
 from .new_nodes import Maker
@@ -49,9 +49,6 @@ Array = np.ndarray[Any, Any]
 
 MARK = "graphopt.smooth-quant"
 """Metadata of a product that has been seen to: it is not touched again."""
-
-HOMOGENEOUS = frozenset({"Identity", "Relu", "LeakyRelu", "Abs", "Dropout"})
-"""Elementwise operators f with f(c x) = c f(x) for every c > 0."""
 
 NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 """Their factor and shift lie along the last axes."""

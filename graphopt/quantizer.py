@@ -26,7 +26,7 @@ from graphopt.data import Spec, load_samples
 from graphopt.decisions import Decisions, Selection, checked, read_decisions
 from graphopt.edit import order_constants
 from graphopt.errors import DataError, GateMissedError, SpecError
-from graphopt.judge import Comparison, Condition, Progress, judging
+from graphopt.judge import Comparison, Condition, Progress, judging, shared
 from graphopt.layer_choice import LayerChoice, Recipe, unable, unable_reason
 from graphopt.model import Model, Source, load
 from graphopt.named_forms import HALF, WEIGHT_ONLY, NamedForm
@@ -310,7 +310,7 @@ class _Task:
             base = judge.candidate(lossless)
             for one in candidates:
                 other = judge.candidate(one.model)
-                last = judge.compare(base, other, one.form, LOOKS, _decided, 0.95)
+                last = judge.compare(base, other, one.form, LOOKS, _decided, shared(len(candidates), len(LOOKS)))
                 other.forget()
                 one.tried.comparison = last
                 if not _faster(last):

@@ -338,7 +338,7 @@ class _Task:
         return Quantized(lossless.model, report)
 
     def _finished(self, best: Candidate, timing: Comparison | None) -> Quantized:
-        best.tried.verdict = best.tried.verdict or "kept"
+        best.tried.verdict = best.tried.verdict or "keeps the bound"
         order_constants(best.model.graph)  # so that a replay writes the same bytes
         report = self._report(best.model, best.rows, form=best.form)
         report.pipeline, report.quality, report.timing = str(best.pipeline), best.quality, timing

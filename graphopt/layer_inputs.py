@@ -27,6 +27,10 @@ Array: TypeAlias = np.ndarray[Any, Any]
 CHUNK_BYTES = 1 << 24
 """Bytes of rows that are made and multiplied at a time."""
 
+WIDEST = 8192
+"""Columns of a row from which on a Gram matrix is not taken: it would hold more than half a GB, and its inverse takes
+minutes (the first dense layer of VGG-19 has 25,088)."""
+
 LARGEST = 1e15
 """Magnitude from which on values are left out: sums of their squares would pass the range of float32."""
 

@@ -28,7 +28,7 @@ from graphopt.base import Change, Context, Exactness, Pass
 from graphopt.codes import weight_code
 from graphopt.edit import Edit, drop_declared, is_output, label
 from graphopt.gptq import round_to_codes
-from graphopt.layer_inputs import Gram, GramRequest
+from graphopt.layer_inputs import WIDEST, Gram, GramRequest
 from graphopt.ops import DECODES, is_standard
 from graphopt.registry import register
 
@@ -169,7 +169,8 @@ class QuantizeWeights(Pass):
         if self.method != "gptq" or graph is not ctx.model.graph:
             yield uses, {}
             return
-        requests = {use.tensor.name: request for use in uses if (request := _request(use)) is not None}
+        found = {use.tensor.name: _request(use) for use in uses}
+        requests = {name: r for name, r in found.items() if r is not None and r.width <= WIDEST}
         yield [use for use in uses if use.tensor.name not in requests], {}
         part: list[Use] = []
         asked: dict[GramRequest, int] = {}
@@ -214,7 +215,9 @@ class QuantizeWeights(Pass):
     def _why(self, use: Use, gram: Gram | None) -> str:
         why = f"{self._bits(use)} bits instead of {8 * use.dtype.itemsize}"
         if use.linear and not use.lookups and self.method == "gptq":
-            why += f", rounded for the output on {gram.count} rows" if gram else ", rounded alone: it has no samples"
+            why += (
+                f", rounded for the output on {gram.count} rows" if gram else ", rounded alone: no samples, or too wide"
+            )
         if len(use.linear) > 1:
             why += f"; {len(use.linear)} layers share it, and ONNX Runtime decodes it for each on every run"
         return why

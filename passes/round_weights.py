@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis.integer_layers import IntegerLayer, find_layers, float_weights
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit
-from graphopt.layer_inputs import Gram, GramRequest, request_of
+from graphopt.layer_inputs import WIDEST, Gram, GramRequest, request_of
 from graphopt.registry import register
 from graphopt.rounding import DAMPING, SWEEPS, Rounded, round_rows
 
@@ -69,6 +69,8 @@ class RoundWeights(Pass):
             request = request_of(layer.node, layer.codes.shape)
             if isinstance(weight, str) or request is None:
                 yield Change(name, "round its weight", weight if isinstance(weight, str) else "its inputs are no rows")
+            elif request.width > WIDEST:
+                yield Change(name, "round its weight", f"{request.width} inputs: their Gram matrix would be too large")
             else:
                 requests[name] = request
         with Edit(graph) as edit:

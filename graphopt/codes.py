@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtri
 
 from graphopt.errors import DataError, SpecError
 
@@ -319,6 +318,8 @@ def normal_float_levels(bits: int = 4) -> Floats:
     """
     half = 1 << (bits - 1)
     ends = 1.0 - (1.0 / (4 * half) + 1.0 / (4 * half - 2)) / 2  # the mean of both sides' outermost quantiles
+    from scipy.special import ndtri  # noqa: PLC0415  (slow to import, for those who need it)
+
     positive = ndtri(np.linspace(ends, 0.5, half + 1)[:-1])
     negative = -ndtri(np.linspace(ends, 0.5, half)[:-1])
     levels = np.sort(np.concatenate([positive, [0.0], negative]))

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import scipy.linalg
 
 from graphopt.codes import normal
 
@@ -186,6 +185,8 @@ def _gptq(weight: Array, hessian: Array, grid: Grid, *, ordered: bool) -> Array:
 
 def _inverse_factor(hessian: Array) -> Array:
     """Return the upper Cholesky factor of the inverse (float32)."""
+    import scipy.linalg  # noqa: PLC0415  (slow to import, for those who need it)
+
     lower = scipy.linalg.cholesky(hessian, lower=True, check_finite=False)
     inverse = scipy.linalg.cho_solve((lower, True), np.eye(len(hessian)), check_finite=False)
     return np.asarray(scipy.linalg.cholesky(inverse, lower=False, check_finite=False), np.float32)

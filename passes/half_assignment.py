@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import networkx as nx
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import is_constant
@@ -107,6 +106,8 @@ def gain(found: Survey, node: gs.Node) -> int:
 
 def components(found: Survey, half: set[int]) -> list[list[gs.Node]]:
     """Return the nodes on the float16 side, parted into groups that hand no tensor to each other, in order."""
+    import networkx as nx  # noqa: PLC0415  (slow to import, for those who need it)
+
     graph = nx.Graph()
     graph.add_nodes_from(half)
     for tensor in tensors(found, half):

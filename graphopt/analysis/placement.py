@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import networkx as nx
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -302,6 +301,8 @@ class _Placer:
         return self.coded[id(tensor)]
 
     def _group(self, integer: Collection[gs.Node]) -> None:
+        import networkx as nx  # noqa: PLC0415  (slow to import, for those who need it)
+
         shared = nx.Graph()
         shared.add_nodes_from(self.coded)
         for node in integer:

@@ -100,6 +100,7 @@ class TensorStatistics:
         self.squares = 0.0
         self.nans = 0
         self.infinities = 0
+        self._ranges: dict[tuple[str, str], Range] = {}
 
     def add(self, values: Array, limit: int | None = None, phase: int = 0) -> None:
         """Add a sample's values: floats of any type and shape.
@@ -113,6 +114,7 @@ class TensorStatistics:
             DataError: it has no such channel axis, or another number of channels than before.
         """
         self.samples += 1
+        self._ranges.clear()
         if not values.size:
             return
         with np.errstate(over="ignore"):
@@ -150,6 +152,7 @@ class TensorStatistics:
 
     def merge(self, other: TensorStatistics) -> None:
         """Add the statistics of later samples."""
+        self._ranges.clear()
         self.histogram.merge(other.histogram)
         self.samples += other.samples
         self.total += other.total
@@ -162,6 +165,18 @@ class TensorStatistics:
             self.channels = copy.deepcopy(other.channels)
         elif other.channels is not None:
             self.channels.merge(other.channels)
+
+    def range(self, method: str, **options: Any) -> Range:
+        """Return the range that a method of `ranges.METHODS` picks; kept, since those that search for it take long.
+
+        Raises:
+            DataError: there are no finite values.
+            SpecError: no such method or option.
+        """
+        key = method, repr(sorted(options.items()))
+        if key not in self._ranges:
+            self._ranges[key] = find_range(self.histogram, method, **options)
+        return self._ranges[key]
 
     def to_arrays(self) -> dict[str, Array]:
         """Return the state as arrays."""
@@ -232,7 +247,7 @@ class Calibration:
             SpecError: no such method or option.
         """
         try:
-            return find_range(self._of(name).histogram, method, **options)
+            return self._of(name).range(method, **options)
         except DataError as error:
             if error.at is not None:
                 raise

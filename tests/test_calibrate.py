@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from onnx import helper
 
 import graphopt.calibrate
+import graphopt.calibration
 import graphopt.runtime
 from graphopt.calibrate import calibrate, chunks
 from graphopt.calibration import Calibration, TensorStatistics
 from graphopt.errors import DataError, ModelError, SpecError
 from graphopt.histogram import WAITING
-from graphopt.ranges import METHODS
+from graphopt.ranges import METHODS, find_range
 from graphopt.runtime import Session
 from graphopt.samples import Samples
 
@@ -487,3 +488,24 @@ def test_ten_thousand_sentences_need_no_more_memory_than_a_thousand() -> None:
         peaks.append(int(ran.stdout) / 1024)
     # the second makes 7.4 billion values, 30 GB; allocators keep some pages of each new shape
     assert peaks[1] - peaks[0] < 40, peaks
+
+
+def test_a_range_is_searched_for_once_and_anew_after_more_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls.append("range")
+        return find_range(*given, **named)
+
+    monkeypatch.setattr(graphopt.calibration, "find_range", counted)
+    known, later = Calibration(), Calibration()
+    for held, end in ((known, 1.0), (later, 3.0)):
+        held.add("x", np.linspace(-1.0, end, 100, dtype=np.float32))
+    first = [known.range("x", "mse"), known.range("x", "mse"), known.range("x", "mse", symmetric=True)]
+    assert len(calls) == 2
+    assert first[0] == first[1]
+    assert known.merge(later).range("x").high == 3.0
+    known.absorb(later)
+    assert known.range("x", "mse").high > first[0].high
+    known.add("x", np.full(4, 7.0, np.float32))
+    assert known.range("x").high == 7.0

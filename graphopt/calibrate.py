@@ -30,7 +30,7 @@ from graphopt.errors import DataError, ModelError, SpecError, did_you_mean
 from graphopt.exporter import inline
 from graphopt.external import digest
 from graphopt.model import INLINE_LIMIT, Model, Source, load
-from graphopt.runtime import Session
+from graphopt.runtime import Optimization, Session
 from graphopt.samples import Feeds
 from graphopt.tensors import LazyTensor, is_float
 
@@ -44,6 +44,10 @@ values on either side tell where the 99.99th percentile is."""
 
 BUDGET = 1 << 28
 """Bytes of fetched tensors, unless the caller says otherwise."""
+
+OPTIMIZATION: Optimization = "off"
+"""What ORT fuses depends on the tensors that are asked for, and last digits on what it fuses: so it fuses nothing, and
+a tensor has one range whatever others are measured with it.  It takes hardly longer: most tensors are asked for."""
 
 LARGEST_GROUP = 512
 """Tensors in a group: sessions with more outputs take long to make."""
@@ -235,7 +239,8 @@ class _Run:
 
     def _here(self, group: Group) -> Iterator[int]:
         """Add sample after sample in this process; yield the bytes that each made."""
-        session = Session(self.model, extra_outputs=self._inner(group.names), threads=self.settings.threads)
+        names = self._inner(group.names)
+        session = Session(self.model, optimization=OPTIMIZATION, extra_outputs=names, threads=self.settings.threads)
         for feeds in itertools.islice(self.samples, group.start, None):
             values = fetch(session, feeds, group.names)
             self.adding = True
@@ -329,9 +334,9 @@ class Portable:
         """Return a session of the model."""
         if self.data is not None:
             proto = onnx.ModelProto.FromString(self.data.tobytes())
-            return Session(proto, threads=threads, custom_ops=self.custom_ops)
+            return Session(proto, optimization=OPTIMIZATION, threads=threads, custom_ops=self.custom_ops)
         assert self.path is not None
-        return Session(self.path, threads=threads, custom_ops=self.custom_ops)
+        return Session(self.path, optimization=OPTIMIZATION, threads=threads, custom_ops=self.custom_ops)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,9 @@ Predict = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 RESAMPLES = 2000
 
+NORMAL_95 = 1.96
+"""Standard errors on either side of a mean that a 95 % interval takes."""
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -66,9 +69,24 @@ class Evaluation:
         """Return a JSON-able dict."""
         return asdict(self)
 
+    @property
+    def sure(self) -> bool:
+        """Whether the drop keeps its bound with a standard error to spare: what chose among candidates by few items.
+
+        On other items the drop is another one; of a candidate that just keeps the bound on these, half miss it there.
+        No more is asked than no drop at all.
+        """
+        if self.allowed is None or self.interval is None:
+            return self.ok
+        error = (self.interval[1] - self.interval[0]) / (2 * NORMAL_95)
+        return self.ok and self.drop <= max(self.allowed - error, min(self.allowed, 0.0))
+
     def failure(self) -> str:
         """Return in words what was missed."""
         fall = f"the metric falls from {self.reference:.6g} to {self.candidate:.6g}"
+        if self.ok and self.interval is not None:
+            spread = f"{self.interval[0]:.3g} to {self.interval[1]:.3g}"
+            return f"{fall}: {self.drop:.3g} ({spread}), too near to the {self.allowed:.3g} allowed"
         return f"{fall}: {self.drop:.3g}, {self.allowed:.3g} allowed"
 
 

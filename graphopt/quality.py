@@ -132,7 +132,8 @@ class Quality:
 
     Attributes:
         outputs: by output.
-        evaluation: of the metric, if the bound has one and the look was not a quick one; its interval is paired.
+        evaluation: of the metric, if the bound has one and the look was not a quick one; its interval is paired, and a
+            standard error is kept from the bound.
         samples: how many were run.
         broken: why the candidate could not be run, or ''.
     """
@@ -147,7 +148,7 @@ class Quality:
         """In words, what is missed of the bound."""
         found = [self.broken] if self.broken else []
         found += [what for output in self.outputs for what in output.failures]
-        if self.evaluation is not None and not self.evaluation.ok:
+        if self.evaluation is not None and not self.evaluation.sure:
             found.append(self.evaluation.failure())
         return found
 

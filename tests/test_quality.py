@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import quality
 from graphopt.errors import DataError, SpecError
+from graphopt.metric import Evaluation
 from graphopt.model import Model, load
 from graphopt.output_quality import LARGEST_SCORE, Limits, OutputQuality, output_kind
 from graphopt.quality import DEFAULTS, Bound, QualityCheck, split
@@ -156,6 +157,24 @@ def test_metric_is_paired_and_the_reference_runs_once() -> None:
     assert bad.failures == [bad.evaluation.failure()]
     assert check.of(model("MatMul", noisy(0.3)), quick=True).evaluation is None
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("drop", "interval", "allowed", "sure"),
+    [
+        (0.004, (0.001, 0.007), 0.01, True),
+        (0.009, (0.006, 0.012), 0.01, False),  # a standard error of 0.0015: 0.0085 at most
+        (0.0, (-0.02, 0.02), 0.005, True),  # no more than no drop is asked
+        (0.001, (-0.02, 0.02), 0.005, False),
+        (-0.002, (-0.004, 0.0), -0.001, True),
+    ],
+)
+def test_a_metric_keeps_a_standard_error_from_its_bound(
+    drop: float, interval: tuple[float, float], allowed: float, sure: bool
+) -> None:
+    found = Evaluation(0.9, 0.9 - drop, drop, allowed, 500, interval, drop <= allowed)
+    assert found.sure is sure
+    assert Evaluation(0.9, 0.9 - drop, drop, allowed, None, None, drop <= allowed).sure
 
 
 def test_quick_looks_run_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:

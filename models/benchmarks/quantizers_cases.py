@@ -20,8 +20,7 @@ class Case:
         calibration: `limit -> feeds`, the same samples for every quantizer.
         items: how many of them: pictures, lines, sentences, files.
         metrics: name -> evaluation function on test items, at least 2,000 of them; the float model is the reference.
-        bound: of graphopt, as its command line has it: option -> value.  Metrics here are on items that choose, few
-            of them: where half a point is the most that may be lost on the test items, three tenths are asked here.
+        bound: of graphopt, as its command line has it: option -> value.  Metrics here are on items that choose.
         transformer: whether NNCF is told that the model is one, and whether forms with weights only are made, too.
     """
 
@@ -40,7 +39,7 @@ CASES: Mapping[str, Case] = {
     "ppocr-rec": Case(
         ocr_rec.calibration, 128,
         {"Latin lines right": ocr_rec.lines_right_latin, "Chinese lines right": ocr_rec.lines_right_chinese},
-        {"metric": _metric("ocr_rec", "lines_right_selection"), "max_drop": 0.003},
+        {"metric": _metric("ocr_rec", "lines_right_selection"), "max_drop": 0.005},
     ),
     "ppocr-cls": Case(
         ocr_cls.calibration, 256, {"directions right": ocr_cls.rotation_right},

@@ -118,6 +118,7 @@ def quantize(
     batch: Batch = 1,
     seed: Seed = 0,
     custom_ops: CustomOps = None,
+    everything: Annotated[bool, typer.Option("--all", help="every layer in the table")] = False,
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
@@ -156,4 +157,4 @@ def quantize(
     document = {**result.report.to_dict(), "output": str(output) if output else None}
     written = [f"wrote {output}" if output else "nothing written: give -o OUT"]
     written += [f"wrote {write_decisions}"] if write_decisions else []
-    emit(document, as_json, render(result.report), *map(Text, written))
+    emit(document, as_json, render(result.report, everything=everything), *map(Text, written))

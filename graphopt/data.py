@@ -10,6 +10,7 @@ nothing               random feeds, see `random_feeds`
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import sys
@@ -177,15 +178,16 @@ def call_user(function: Callable[..., Any], where: str, *args: Any) -> Any:
         DataError: the function raised anything but a DataError.
     """
     try:
-        return function(*args)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result
+            return function(*args)
     except DataError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         last = _last_user_frame(error)
         raise DataError(f"the function failed: {type(error).__name__}: {error}", at=where, hint=last) from error
 
 
-def _last_user_frame(error: Exception) -> str | None:
+def _last_user_frame(error: BaseException) -> str | None:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}: {(error.text or '').strip()}"
     own = str(Path(__file__).parent)

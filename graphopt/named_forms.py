@@ -11,6 +11,9 @@ from graphopt.optimizer import DEFAULT_OPSET
 BLOCKS_OPSET = 21
 """DequantizeLinear takes blocks and 4 bits from here on."""
 
+BLOCKS = (0, 16, 32, 64, 128)
+"""Weights that may share a scale in weight-only forms; 0 is a scale per channel."""
+
 WEIGHT_ONLY: Mapping[str, spec.PassStep] = {
     "int8": spec.PassStep("quantize-weights", {"bits": 8}),
     "int4": spec.PassStep("quantize-weights", {"bits": 4, "block": 32}),

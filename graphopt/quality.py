@@ -210,6 +210,15 @@ class QualityCheck:
         self._metric, self._metric_name = _metric(self.bound.metric)
         self._scores: Any = None
 
+    def prepare(self) -> None:
+        """Run the reference on the first sample, and its metric.
+
+        Raises:
+            DataError: the samples are empty or do not fit, or the metric fails.
+        """
+        self._run_reference(self.samples.first())
+        self._reference_scores()
+
     def of(self, candidate: Model, *, quick: bool = False) -> Quality:
         """Return how good a candidate is.
 
@@ -270,13 +279,17 @@ class QualityCheck:
     def _run_reference(self, feeds: Feeds) -> dict[str, Array]:
         return _flat(self._session.run(feeds, self.names))
 
+    def _reference_scores(self) -> Any:
+        """Return what the metric says of the reference, None where there is no metric."""
+        if self._scores is None and self._metric is not None:
+            self._scores = call_user(self._metric, self._metric_name, self._session.run)
+        return self._scores
+
     def _evaluate(self, session: Session) -> Evaluation:
         function, name = self._metric, self._metric_name
         assert function is not None
         reference = self._session.run
-        if self._scores is None:
-            self._scores = call_user(function, name, reference)
-        scores = self._scores
+        scores = self._reference_scores()
 
         def remembered(predict: Callable[..., Any]) -> Any:
             return scores if predict is reference else function(predict)

@@ -17,7 +17,7 @@ from graphopt.quality import Quality
 from graphopt.report import PassRecord, Size, human_bytes
 
 SHOWN = 30
-"""Layers listed on a terminal; all of them stand in the JSON document."""
+"""Layers listed on a terminal, those that are quantized first."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,10 @@ class QuantizationReport:
         }  # fmt: skip
 
 
-def render(report: QuantizationReport) -> Group:
-    """Return the report for a terminal."""
-    parts: list[Any] = [_layers_table(report.layers)] if report.layers else []
+def render(report: QuantizationReport, *, everything: bool = False) -> Group:
+    """Return the report for a terminal, with every layer if asked for."""
+    shown = len(report.layers) if everything else SHOWN
+    parts: list[Any] = [_layers_table(report.layers, shown)] if report.layers else []
     if len(report.tried) > 1:
         parts.append(_tried_table(report.tried))
     return Group(*parts, *(Text(line) for line in summary(report)))
@@ -166,19 +167,19 @@ def timing_lines(comparison: Comparison) -> list[str]:
     ]
 
 
-def _layers_table(rows: Sequence[LayerRow]) -> Table:
+def _layers_table(rows: Sequence[LayerRow], shown: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in (("layer", "left"), ("op", "left"), ("precision", "left"), ("float µs", "right"),
                            ("int8 µs", "right"), ("noise", "right"), ("why", "left")):  # fmt: skip
         table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]  # one of two literals
-    first = sorted(rows, key=lambda row: row.precision != "float")[:SHOWN]
+    kept = {id(row) for row in sorted(rows, key=lambda row: row.precision == "float")[:shown]}
     for row in rows:
-        if row in first:
+        if id(row) in kept:
             noise = "" if row.noise is None else f"{row.noise:.1e}"
             times = ["" if t is None else f"{t:.0f}" for t in (row.float_us, row.int8_us)]
             table.add_row(row.layer, row.op, row.precision, *times, noise, row.why)
-    if len(rows) > SHOWN:
-        table.add_row(f"… and {len(rows) - SHOWN} more (--json has all)")
+    if len(rows) > shown:
+        table.add_row(f"… and {len(rows) - shown} more (--all)")
     return table
 
 

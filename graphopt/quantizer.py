@@ -29,12 +29,12 @@ from graphopt.errors import DataError, GateMissedError, SpecError
 from graphopt.judge import Comparison, Condition, Progress, judging, shared
 from graphopt.layer_choice import LayerChoice, Recipe, unable, unable_reason
 from graphopt.model import Model, Source, load
-from graphopt.named_forms import HALF, WEIGHT_ONLY, NamedForm
+from graphopt.named_forms import BLOCKS, HALF, WEIGHT_ONLY, NamedForm
 from graphopt.optimizer import DEFAULT_OPSET, Shapes, default_pipeline, optimize, thread_counts
 from graphopt.pipeline import Pipeline, Result, Settings, size_of
 from graphopt.quality import Bound, Quality, QualityCheck, split
 from graphopt.quantization_report import LayerRow, QuantizationReport, Tried
-from graphopt.runtime import available_providers
+from graphopt.runtime import PROVIDERS, available_providers
 from graphopt.samples import Feeds, Samples
 from graphopt.saturation import saturates
 from graphopt.timing import prepare
@@ -87,6 +87,11 @@ class Request:
     threads: tuple[int, ...] = (1,)
     isa: Isa = "vnni"
 
+    @property
+    def asks_for_a_form(self) -> bool:
+        """Whether another form than the fastest is asked for."""
+        return self.weight_only is not None or self.precision != "int8" or self.objective != "latency"
+
     def __post_init__(self) -> None:
         for name, kinds in (("precision", Precision), ("objective", Objective), ("isa", Isa)):
             if getattr(self, name) not in get_args(kinds):
@@ -94,6 +99,16 @@ class Request:
         if self.weight_only is not None and self.weight_only not in WEIGHT_ONLY:
             raise SpecError(
                 f"weight-only is one of {', '.join(WEIGHT_ONLY)}, not {self.weight_only!r}", at="--weight-only"
+            )
+        if self.objective == "size" and (self.weight_only is not None or self.precision != "int8"):
+            raise SpecError(
+                "the smallest file is looked for among all forms", hint="leave out the form, or --objective"
+            )
+        if self.block is not None and self.block not in BLOCKS:
+            raise SpecError(f"a block is one of {', '.join(map(str, BLOCKS))}, not {self.block}", at="--block")
+        if self.provider not in PROVIDERS:
+            raise SpecError(
+                f"unknown provider '{self.provider}'", at="--provider", hint=f"known: {', '.join(PROVIDERS)}"
             )
         if self.block is not None and self.weight_only is None:
             raise SpecError("a block is of weight-only forms", at="--block", hint="--weight-only int4 --block 32")
@@ -169,6 +184,8 @@ def quantize(
     feeds = samples if samples is not None else load_samples(None, original, seed=seed, shapes=shapes)
     if shapes is not None and data is not None:
         raise SpecError("shapes are for random feeds; these samples have their own", hint="leave out --shape or --data")
+    if decisions is not None and request.asks_for_a_form:
+        raise SpecError("decisions say which form it is", at="--decisions", hint="leave out the form, or --decisions")
     task = _Task(original, request, samples, feeds, progress or (lambda _: None))
     result = task.replayed(decisions) if decisions is not None else task.run()
     result.report.environment = environment.describe()
@@ -203,6 +220,12 @@ class _Task:
         self.settings = Settings(verify="off", on_failure="stop", seed=request.seed, target=self.target)
         self.calibrating = None if samples is None else split(samples, "calibration", seed=request.seed)
         self.judging = None if samples is None else split(samples, "judging", seed=request.seed)
+        if samples is None and request.bound.names_numbers:
+            raise DataError(
+                "a bound on outputs is judged on samples, and there are none", at="--data", hint="give --data"
+            )
+        if samples is None and request.bound.metric is not None:
+            self.judging = feeds  # the metric has data of its own
         self.tried: list[Tried] = []
         self._check: QualityCheck | None = None
         self.rows: list[LayerRow] = []
@@ -229,11 +252,15 @@ class _Task:
         """Return how good a model is, None where there is nothing to judge on."""
         if self.judging is None:
             return None
+        return self._checker().of(model)
+
+    def _checker(self) -> QualityCheck:
+        assert self.judging is not None
         if self._check is None:
             self._check = QualityCheck(
                 self.original, self.judging, self.request.bound, self.request.seed, provider=self._runs_on()
             )
-        return self._check.of(model)
+        return self._check
 
     def _runs_on(self) -> str:
         """Return the provider that results are judged on: this machine may not have the one that they are for."""
@@ -248,6 +275,8 @@ class _Task:
 
     def _fastest(self) -> Quantized:
         request = self.request
+        self.progress("running the float model")
+        self._checker().prepare()  # what is wrong with samples or metric shows before minutes of timing
         self.progress("making the lossless model")
         lossless = optimize(
             self.original, data=self.feeds, threads=request.threads, provider=request.provider,
@@ -263,7 +292,7 @@ class _Task:
             candidates += [] if found is None else [found]
         best, timing = self._timed(lossless.model, candidates)
         if best is None:
-            return self._kept(lossless, canonical, candidates, timing)
+            return self._kept(lossless, canonical, candidates)
         return self._finished(best, timing)
 
     def _chosen(
@@ -319,9 +348,7 @@ class _Task:
                     fastest = one, last
         return (None, last) if fastest is None else fastest
 
-    def _kept(
-        self, lossless: Result, canonical: Model, candidates: Sequence[Candidate], timing: Comparison | None
-    ) -> Quantized:
+    def _kept(self, lossless: Result, canonical: Model, candidates: Sequence[Candidate]) -> Quantized:
         """Return the lossless model, and why no other."""
         rows = self.rows or unable(canonical, self.request.provider)
         timed = [f"{one.form}: {one.tried.verdict}" for one in candidates]
@@ -332,9 +359,7 @@ class _Task:
         report = self._report(lossless.model, rows, decision="lossless", reason=reason, form="float")
         report.pipeline = lossless.report.pipeline
         report.quality = self.quality(lossless.model)
-        report.timing = timing if timing is not None and candidates else None
-        decisions = lossless.report.decisions
-        report.decisions = decisions
+        report.decisions = lossless.report.decisions
         return Quantized(lossless.model, report)
 
     def _finished(self, best: Candidate, timing: Comparison | None) -> Quantized:

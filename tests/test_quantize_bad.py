@@ -139,13 +139,38 @@ def test_no_samples() -> None:
     assert "--weight-only" in found.value.hint
 
 
-def test_a_bound_without_samples_is_said_to_be_unjudged() -> None:
+def test_a_bound_without_samples_is_refused_and_no_bound_said_to_be_unjudged() -> None:
     source = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weights(64, 64)}, [2, 64], [2, 64])
-    result = quantize(source, weight_only="int8", bound=Bound(min_sqnr=200.0))
+    with pytest.raises(DataError, match="judged on samples"):
+        quantize(source, weight_only="int8", bound=Bound(min_sqnr=200.0))
+    result = quantize(source, weight_only="int8")
     assert result.report.quality is None
     assert any("was not judged" in note for note in result.report.notes)
     with pytest.raises(GateMissedError, match="misses the bound"):
         quantize(source, data=samples(shape=(2, 64)), weight_only="int8", bound=Bound(min_sqnr=200.0))
+
+
+def test_a_metric_needs_no_samples_and_is_asked_at_once() -> None:
+    source = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weights(64, 64)}, [2, 64], [2, 64])
+    scores = iter([1.0, 0.5])
+    with pytest.raises(GateMissedError, match="the metric falls"):
+        quantize(source, weight_only="int8", bound=Bound(metric=lambda _: next(scores), max_drop=0.1))
+    asked = []
+
+    def leaves(predict: object) -> float:
+        asked.append(predict)
+        raise SystemExit(0)
+
+    with pytest.raises(DataError, match="SystemExit"):
+        quantize(convs(), data=samples(), bound=Bound(metric=leaves, max_drop=0.1))
+    assert len(asked) == 1
+
+
+def test_a_form_beside_what_settles_it_is_refused() -> None:
+    for options in ({"objective": "size", "weight_only": "int8"}, {"weight_only": "int8", "block": 7},
+                    {"precision": "fp16", "provider": "fop"}):  # fmt: skip
+        with pytest.raises(SpecError):
+            quantize(convs(), data=samples(), **options)
 
 
 def test_empty_samples() -> None:

@@ -172,7 +172,9 @@ def our_weights(form: str, bound: Mapping[str, Any], *, samples: bool, **options
     """Return graphopt's `quantize` for weights only, with the samples or without."""
 
     def run(task: Task) -> str:
-        return _ours(task, bound, data=str(task.feeds) if samples else None, weight_only=form, **options)
+        return _ours(
+            task, bound if samples else {}, data=str(task.feeds) if samples else None, weight_only=form, **options
+        )
 
     return run
 

@@ -30,6 +30,8 @@ SHRINKS: tuple[float, ...] = tuple(np.linspace(1.0, 0.3, 15).tolist())
 """What `mse` tries to cut a weight's range to; then it tries less, by hundredths, on both sides of the best."""
 FINER: tuple[float, ...] = (-0.04, -0.03, -0.02, -0.01, 0.01, 0.02, 0.03, 0.04)
 
+_iinfo: Any = ml_dtypes.iinfo  # has no types
+
 _ROWS = 1 << 22
 
 
@@ -41,7 +43,7 @@ def code_range(dtype: npt.DTypeLike) -> tuple[int, int]:
     """
     kind = np.dtype(dtype)
     try:
-        info = ml_dtypes.iinfo(kind)
+        info = _iinfo(kind)
     except ValueError as error:
         raise SpecError(
             f"{kind.name} holds no integer codes", hint="int4, uint4, int8, uint8, int16, uint16"

@@ -494,10 +494,11 @@ def test_the_geometric_mean_and_its_interval() -> None:
 
 def test_lowering_passes_are_optional_and_run_by_default() -> None:
     built_in = {n: c for n, c in all_passes().items() if c.__module__.startswith("graphopt.passes")}
-    lowering = {name for name, cls in built_in.items() if cls.stage == "lowering"}
+    lowering = {name for name, cls in built_in.items() if cls.stage == "lowering" and cls.exactness == "exact"}
     named = {name.strip().partition("{")[0] for name in LOWERING.split(",") if name.strip()}
     assert lowering == named
     assert all(built_in[name].optional for name in lowering)
+    assert all(built_in[name].exactness == "exact" for name in default_pipeline().names)
     assert not {p.name for p in optional_passes(default_pipeline(stage="canonical"))} & lowering
     assert static_selection(default_pipeline()).off == {
         p.name for p in optional_passes(default_pipeline()) if not p.default_on

@@ -35,7 +35,7 @@ def samples(dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     return np.array([limits.max, limits.smallest_subnormal, limits.smallest_normal, 1 + limits.eps, -1.5], dtype)
 
 
-@pytest.mark.parametrize(("wide", "narrow"), itertools.product(TYPES, TYPES), ids=str)
+@pytest.mark.parametrize(("wide", "narrow"), list(itertools.product(TYPES, TYPES)), ids=str)
 def test_holds_is_what_a_round_trip_says(wide: np.dtype[Any], narrow: np.dtype[Any]) -> None:
     values = samples(narrow)
     with np.errstate(all="ignore"):

@@ -124,7 +124,7 @@ def test_ort_knows_focus_by_slices_of_two_axes(tmp_path: Path) -> None:
     assert_equal(FOCUS, result, x=np.random.default_rng(0).normal(size=(1, 3, 16, 16)).astype(np.float32))
 
 
-@pytest.mark.parametrize(("above", "value"), itertools.product(["Relu", "Neg"], ["zero", "lowest", "one"]))
+@pytest.mark.parametrize(("above", "value"), list(itertools.product(["Relu", "Neg"], ["zero", "lowest", "one"])))
 def test_padding_that_a_maximum_never_sees(above: str, value: str) -> None:
     text = f"""g (float[1,2,6,6] x) => (float[1,2,6,6] y)
         <int64[8] p = {{0, 0, 1, 1, 0, 0, 1, 1}}, float zero = {{0}}, float lowest = {{-inf}}, float one = {{1}}>

@@ -192,12 +192,7 @@ def weight_code(
         DataError: NaN or infinite weights.
         SpecError: impossible options.
     """
-    values = np.asarray(values, np.float32)
-    _check_finite(values)
-    if block and axis is None:
-        raise SpecError("blocks lie along an axis", hint="give one")
-    axis = None if axis is None else axis % values.ndim
-    groups, shape = grouped(values, axis, block)
+    values, axis, groups, shape = _in_groups(values, axis, block)
     dtype = storage(bits, symmetric)
     smallest, largest = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
     limits = (smallest + narrow, largest) if symmetric else (smallest, largest)
@@ -225,6 +220,16 @@ def grouped(values: Array, axis: int | None, block: int) -> tuple[Array, tuple[i
     cut = np.pad(values, padding).reshape(*values.shape[:axis], blocks, block, *values.shape[axis + 1 :])
     rows = np.moveaxis(cut, axis + 1, -1)
     return rows.reshape(-1, block), rows.shape[:-1]
+
+
+def _in_groups(values: Array, axis: int | None, block: int) -> tuple[Floats, int | None, Array, tuple[int, ...]]:
+    """Return float32 values, their axis from the front, and what `grouped` makes of them."""
+    values = np.asarray(values, np.float32)
+    _check_finite(values)
+    if block and axis is None:
+        raise SpecError("blocks lie along an axis", hint="give one")
+    axis = None if axis is None else axis % values.ndim
+    return values, axis, *grouped(values, axis, block)
 
 
 def _scale(low: Array, high: Array, symmetric: bool, limits: tuple[int, int]) -> tuple[Floats, Array]:
@@ -418,12 +423,7 @@ def _companded(x: Array, w: Array, count: int) -> Array:
 def _scaled_codebook(
     values: Array, levels: Floats, axis: int | None, block: int, scale: Callable[[Array], Array]
 ) -> Codebook:
-    values = np.asarray(values, np.float32)
-    _check_finite(values)
-    if block and axis is None:
-        raise SpecError("blocks lie along an axis", hint="give one")
-    axis = None if axis is None else axis % values.ndim
-    groups, shape = grouped(values, axis, block)
+    values, axis, groups, shape = _in_groups(values, axis, block)
     peaks = normal(np.abs(groups).max(axis=1, initial=0))
     return Codebook(levels, normal(scale(peaks.astype(np.float64))).reshape(shape), axis, block)
 

@@ -66,6 +66,7 @@ class QuantizationReport:
         bound: what was asked.
         samples: what calibrated, and what judged, in words.
         layers: one row per layer that does the work.
+        changes: places that a form asked for by name was brought to; its rows are of what was left out.
         tried: models that were built and looked at, in order.
         quality: of the result on the judging samples; None where there were none.
         timing: of the result against the lossless model; None where it was not timed.
@@ -83,6 +84,7 @@ class QuantizationReport:
     pipeline: str = ""
     samples: dict[str, str] = field(default_factory=dict)
     layers: list[LayerRow] = field(default_factory=list)
+    changes: int = 0
     tried: list[Tried] = field(default_factory=list)
     quality: Quality | None = None
     timing: Comparison | None = None
@@ -124,6 +126,8 @@ def render(report: QuantizationReport, *, everything: bool = False) -> Group:
 def summary(report: QuantizationReport) -> list[str]:
     """Return the last lines: what was decided, the accuracy, the time, the size."""
     counts = ", ".join(f"{number} {precision}" for precision, number in report.precisions.items())
+    if report.changes:
+        counts = f"{report.changes} places" + f", {len(report.layers)} left as they were" * bool(report.layers)
     head = f"{report.form} ({counts})" if report.decision == "quantized" and counts else report.form
     lines = [f"{report.decision}: {head}" if head else report.decision]
     lines += [f"why: {report.reason}"] if report.reason else []

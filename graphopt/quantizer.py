@@ -104,6 +104,10 @@ class Request:
             raise SpecError(
                 "the smallest file is looked for among all forms", hint="leave out the form, or --objective"
             )
+        if self.isa != "vnni" and self.asks_for_a_form:
+            raise SpecError(
+                f"{self.isa} matters to products of 8 bits only", at="--isa", hint="leave it or the form out"
+            )
         if self.block is not None and self.block not in BLOCKS:
             raise SpecError(f"a block is one of {', '.join(map(str, BLOCKS))}, not {self.block}", at="--block")
         if self.provider not in PROVIDERS:
@@ -407,6 +411,7 @@ class _Task:
                 hint="loosen it (--min-sqnr, --min-agreement, --max-drop), or ask for another form",
             )
         result = self._finished(Candidate(form.name, made.model, pipeline, quality, rows, tried), None)
+        result.report.changes = record.changes
         result.report.notes += record.notes
         if quality is None:
             result.report.notes.append("what it costs in accuracy was not judged: there are no samples (--data)")

@@ -168,7 +168,7 @@ def test_a_metric_needs_no_samples_and_is_asked_at_once() -> None:
 
 def test_a_form_beside_what_settles_it_is_refused() -> None:
     for options in ({"objective": "size", "weight_only": "int8"}, {"weight_only": "int8", "block": 7},
-                    {"precision": "fp16", "provider": "fop"}):  # fmt: skip
+                    {"precision": "fp16", "provider": "fop"}, {"weight_only": "int8", "isa": "avx2"}):  # fmt: skip
         with pytest.raises(SpecError):
             quantize(convs(), data=samples(), **options)
 

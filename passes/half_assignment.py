@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import is_constant
-from graphopt.analysis.min_cut import sink_side
+from graphopt.analysis.min_cut import Network, sink_side
 
 from .half_survey import Survey
 
@@ -28,8 +28,8 @@ _SAVED_BYTES = 2
 _MULTIPLIES = {"Conv": 1, "ConvTranspose": 1, "MatMul": 1, "Gemm": 1, "LSTM": 1, "GRU": 1, "RNN": 1}
 """Operators that multiply each output element with many weights -> the input that says with how many."""
 
-_MOST, _NEVER = 1 << 22, 1 << 30
-"""Largest cost of one tensor or node, and the cost of what cannot be."""
+_MOST = 1 << 22
+"""Largest cost of one tensor or node."""
 
 _FLOAT, _HALF = 0, 1
 
@@ -42,15 +42,9 @@ def chosen(found: Survey, kept: dict[int, str]) -> set[int]:
         kept: nodes that must stay float32, by id.
     """
     index = {key: i for i, key in enumerate((k for k in found.ports if k not in kept), 2)}
-    edges: dict[tuple[int, int], int] = {}
-    extra = len(index) + 2
-
-    def add(a: int, b: int, capacity: int) -> None:
-        if a != b and capacity:
-            edges[a, b] = min(edges.get((a, b), 0) + capacity, _NEVER)
-
+    network = Network(len(index) + 2)
     for key, number in index.items():
-        add(number, _HALF, gain(found, found.nodes[key]))
+        network.add(number, _HALF, gain(found, found.nodes[key]))
     for tensor in tensors(found, index):
         price = cast_cost(found, tensor)
         maker = found.maker(tensor)
@@ -58,18 +52,8 @@ def chosen(found: Survey, kept: dict[int, str]) -> set[int]:
         read = {index.get(id(n), _FLOAT) if fits else _FLOAT for n, fits in found.readers(tensor)}
         if found.edit.is_output(tensor):
             read.add(_FLOAT)
-        if len(read) == 1:
-            (only,) = read
-            add(made, only, price)
-            add(only, made, price)
-            continue
-        for reader in read:
-            add(extra, reader, _NEVER)
-            add(reader, extra + 1, _NEVER)
-        add(made, extra, price)
-        add(extra + 1, made, price)
-        extra += 2
-    reached = sink_side(edges, _FLOAT, _HALF) if edges else set()
+        network.tensor(made, read, price)
+    reached = sink_side(network.edges, _FLOAT, _HALF) if network.edges else set()
     return {key for key, number in index.items() if number in reached}
 
 

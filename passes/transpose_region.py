@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import is_constant
-from graphopt.analysis.min_cut import sink_side
+from graphopt.analysis.min_cut import Network, sink_side
 from graphopt.base import Context
 from graphopt.edit import Edit
 from graphopt.ops import is_standard
@@ -27,8 +27,8 @@ _CALL = 16
 _DYNAMIC = 32
 """Size that a dynamic axis is taken to have."""
 
-_MOST, _NEVER = 1 << 22, 1 << 30
-"""Largest cost of one tensor, and the cost of what cannot be."""
+_MOST = 1 << 22
+"""Largest cost of one tensor."""
 
 
 def perm_of(node: gs.Node) -> Perm | None:
@@ -239,13 +239,7 @@ def _minimum_cut(edit: Edit, ctx: Context, region: Region) -> set[int]:
     has a node of its own for each direction, so that it is paid for once.
     """
     index = {key: i for i, key in enumerate(region.nodes, 2)}
-    edges: dict[tuple[int, int], int] = {}
-    count = len(index) + 2
-
-    def add(a: int, b: int, capacity: int) -> None:
-        if a != b:
-            edges[a, b] = min(edges.get((a, b), 0) + capacity, _NEVER)
-
+    network = Network(len(index) + 2)
     for tensor in region.tensors.values():
         price = cost(region, tensor, ctx)
         if not price:
@@ -253,16 +247,6 @@ def _minimum_cut(edit: Edit, ctx: Context, region: Region) -> set[int]:
         maker, readers, wanted = ends(edit, region, tensor)
         made = 1 if is_source(region, tensor) else 0 if maker is None else index[maker]
         read = {0 if r is None else index[r] for r in readers} | ({1} if wanted else set())
-        if len(read) == 1:
-            (only,) = read
-            add(made, only, price)
-            add(only, made, price)
-            continue
-        for reader in read:
-            add(count, reader, _NEVER)
-            add(reader, count + 1, _NEVER)
-        add(made, count, price)
-        add(count + 1, made, price)
-        count += 2
-    reached = sink_side(edges, 0, 1)
+        network.tensor(made, read, price)
+    reached = sink_side(network.edges, 0, 1)
     return {key for key, i in index.items() if i in reached}

@@ -7,12 +7,15 @@ Source: E. A. Dinic, Soviet Math. Doklady 11 (1970), pp. 1277-1280.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 SMALL = 4096
 """Edges up to which Python is used."""
+
+NEVER = 1 << 30
+"""A capacity that no cut takes."""
 
 Edges = Mapping[tuple[int, int], int]
 """(from, to) -> capacity, at least 0."""
@@ -31,6 +34,41 @@ def sink_side(edges: Edges, source: int, sink: int) -> set[int]:
         if source not in level:
             return set(level)
         ways.saturate(source, sink, level)
+
+
+class Network:
+    """Edges under construction, for a graph whose tensors cost something where their two ends are on different sides.
+
+    Args:
+        taken: numbers that are nodes already, from 0 on.
+    """
+
+    def __init__(self, taken: int) -> None:
+        self.edges: dict[tuple[int, int], int] = {}
+        self._free = taken
+
+    def add(self, a: int, b: int, capacity: int) -> None:
+        """Add capacity to an edge."""
+        if a != b and capacity:
+            self.edges[a, b] = min(self.edges.get((a, b), 0) + capacity, NEVER)
+
+    def tensor(self, made: int, read: Collection[int], price: int) -> None:
+        """Add a tensor: `price` is paid once if any reader is on another side than its maker.
+
+        Where it has several readers, it gets a node of its own for each direction.
+        """
+        if len(read) == 1:
+            (only,) = read
+            self.add(made, only, price)
+            self.add(only, made, price)
+            return
+        there, back = self._free, self._free + 1
+        self._free += 2
+        for reader in read:
+            self.add(there, reader, NEVER)
+            self.add(reader, back, NEVER)
+        self.add(made, there, price)
+        self.add(back, made, price)
 
 
 class _Ways:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphopt.samples import Samples
 
 Exactness = Literal["exact", "lossy"]
+Loss = Literal["structure", "numbers"]
 Measure = Callable[[Mapping[str, np.ndarray[Any, Any]]], float]
 Evaluate = Callable[[onnx.ModelProto, Mapping[str, Any], Sequence[str] | None], dict[str, Any]]
 
@@ -90,7 +91,8 @@ class Context:
         original_bytes: size of the file that the original model makes.
         notes: sentences for the report that are not about one change.
         observer: measures what flows through the model.
-        reference: returns the model before its first lossy pass, its tensors under the same names.
+        reference: returns the model before the first lossy pass of this pass's kind (`Pass.loses`), its tensors under
+            the same names.
     """
 
     model: Model
@@ -229,6 +231,8 @@ class Pass:
     Class attributes:
         name: what users type.
         exactness: `exact` passes are judged by error, `lossy` ones by gates.
+        loses: what a lossy pass gives up: `structure` (channels, ranks, blocks), or only `numbers` (codes).  Each kind
+            has its own `reference`, for codes are judged beside the pruned model, not beside the one before.
         scope: `graph` runs on each graph (subgraphs and function bodies too, inner ones last), `model` once.
         stage: `canonical`, or `lowering` for what depends on the target.
         changes_signature: whether it may change input and output names or types (its docstring says how).
@@ -240,6 +244,7 @@ class Pass:
 
     name: ClassVar[str] = ""
     exactness: ClassVar[Exactness] = "exact"
+    loses: ClassVar[Loss] = "numbers"
     scope: ClassVar[Literal["graph", "model"]] = "graph"
     stage: ClassVar[Literal["canonical", "lowering"]] = "canonical"
     changes_signature: ClassVar[bool] = False

@@ -20,7 +20,7 @@ import onnx
 
 from graphopt import registry, spec, text
 from graphopt.analysis.shapes import Shapes
-from graphopt.base import Change, Context, Exactness, Pass, Target
+from graphopt.base import Change, Context, Exactness, Loss, Pass, Target
 from graphopt.data import load_samples
 from graphopt.errors import GateMissedError, GraphoptError, ModelError, SpecError, last_frame
 from graphopt.importer import paused_gc
@@ -231,7 +231,8 @@ class Run:
         self.last_change = ""
         self.stopped = False
         self._mapped = mappings(model.weights()) if model.weight_bytes() > RELEASE_ABOVE else []
-        self._pending = self._before_loss = self.snapshot
+        self._pending = self.snapshot
+        self._before_loss: dict[Loss, Snapshot] = {}
         self._shapes: Shapes | None = None
         self._done: dict[str, Snapshot] = {}
         self.exactness: Exactness = "exact"
@@ -334,9 +335,8 @@ class Run:
         """Apply a pass's changes; return whether the model is another one now."""
         context = Context(self.model, evaluate, self.settings.target, self.settings.seed, self.samples, self._bytes)
         context.observer = Observer(self.model, self.samples, self.settings.known, self.settings.seed)
-        if self.exactness == "exact":
-            self._before_loss = self.snapshot
-        context.reference = lambda: from_snapshot(self._before_loss)
+        before = self._before_loss.get(step.loses, self.snapshot)
+        context.reference = lambda: from_snapshot(before)
         context._shapes, self._shapes = self._shapes, None
         graphs = list(self.model.graphs()) if step.scope == "graph" else [self.model.graph]
         self._new_sites.clear()
@@ -386,6 +386,8 @@ class Run:
             if not checked.ok:
                 raise ModelError("the outputs differ: " + "; ".join(checked.failures), at=where_it_begins(checked))
         self.exactness = exactness
+        if step.exactness == "lossy":
+            self._before_loss.setdefault(step.loses, self.snapshot)
         self.sites.update(dict.fromkeys(self._new_sites))
         _free_weights(self.snapshot, self._pending)
         if self.snapshot.only_lost_constants(self._pending):
@@ -425,6 +427,7 @@ class Run:
             return
         self.model, self.snapshot = in_order(from_snapshot(self._first), self._first)
         self._done.clear()
+        self._before_loss.clear()
         self._shapes = None
         self.size = size_of(self.model)
         self.exactness, self.stopped = "exact", False

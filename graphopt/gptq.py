@@ -22,11 +22,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from graphopt.codes import normal
+from graphopt.obs import LAZY, carry
 
 Array: TypeAlias = np.ndarray[Any, Any]
-
-LAZY = 128
-"""Inputs after which all those behind them are brought up to date."""
 
 DAMPING = 0.01
 """Of the mean diagonal of H, added to all of it: few samples leave directions that nothing is known of."""
@@ -167,29 +165,14 @@ def round_to_codes(
 
 def _gptq(weight: Array, hessian: Array, grid: Grid, *, ordered: bool) -> Array:
     """Return codes of the inputs one by one, later ones making up for the errors of earlier ones."""
-    inputs = len(weight)
-    order = np.argsort(-np.diagonal(hessian), kind="stable") if ordered else np.arange(inputs)
-    factor = _inverse_factor(hessian[np.ix_(order, order)])
-    left = weight[order]
     codes = np.zeros(weight.shape, np.int32)
-    for start in range(0, inputs, LAZY):
-        stop = min(start + LAZY, inputs)
-        errors = np.empty((stop - start, weight.shape[1]), np.float32)
-        for i in range(start, stop):
-            codes[order[i]], rounded = grid.row(order[i], left[i])
-            errors[i - start] = (left[i] - rounded) / factor[i, i]
-            left[i + 1 : stop] -= factor[i, i + 1 : stop, None] * errors[i - start]
-        left[stop:] -= factor[start:stop, stop:].T @ errors
+
+    def settle(index: Array, values: Array) -> Array:
+        codes[index[0]], rounded = grid.row(int(index[0]), values[0])
+        return rounded[None]
+
+    carry(weight[None], hessian[None], settle, ordered=ordered)
     return codes
-
-
-def _inverse_factor(hessian: Array) -> Array:
-    """Return the upper Cholesky factor of the inverse (float32)."""
-    import scipy.linalg  # noqa: PLC0415  (slow to import, for those who need it)
-
-    lower = scipy.linalg.cholesky(hessian, lower=True, check_finite=False)
-    inverse = scipy.linalg.cho_solve((lower, True), np.eye(len(hessian)), check_finite=False)
-    return np.asarray(scipy.linalg.cholesky(inverse, lower=False, check_finite=False), np.float32)
 
 
 def rescale(weight: Array, codes: Array, grid: Grid, hessian: Array) -> None:

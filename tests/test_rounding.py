@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt import rounding
+from graphopt import obs
 from graphopt.rounding import carry, costs, damp, descend, round_rows
 
 
@@ -91,7 +91,7 @@ def test_columns_in_chunks_come_out_as_in_one(monkeypatch: pytest.MonkeyPatch) -
     weight, scale, covariance = problem(rng, 1, 4, 21)
     steps, damped = weight / scale[..., None], damp(covariance)
     whole = carry(steps, damped, -8, 7)
-    monkeypatch.setattr(rounding, "LAZY", 4)
+    monkeypatch.setattr(obs, "LAZY", 4)
     np.testing.assert_array_equal(carry(steps, damped, -8, 7), whole)
 
 

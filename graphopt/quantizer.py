@@ -19,38 +19,28 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from graphopt import environment, registry, spec
+from graphopt import environment, spec
 from graphopt.analysis.cost import costs
-from graphopt.base import Target
-from graphopt.data import Spec, load_samples
-from graphopt.decisions import Decisions, Selection, checked, read_decisions
+from graphopt.data import Spec
+from graphopt.decisions import Decisions
 from graphopt.edit import order_constants
 from graphopt.errors import DataError, GateMissedError, SpecError
-from graphopt.judge import Comparison, Condition, Progress, judging, shared
+from graphopt.judge import Comparison, Progress
 from graphopt.layer_choice import LayerChoice, Recipe, unable, unable_reason
-from graphopt.model import Model, Source, load
+from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Given, LossyRequest, LossyTask, faster, in_words
+from graphopt.model import Model, Source
 from graphopt.named_forms import BLOCKS, HALF, WEIGHT_ONLY, NamedForm
-from graphopt.optimizer import DEFAULT_OPSET, Shapes, default_pipeline, optimize, thread_counts
-from graphopt.pipeline import Pipeline, Result, Settings, size_of
-from graphopt.quality import Bound, Quality, QualityCheck, split
+from graphopt.optimizer import Shapes, default_pipeline, thread_counts
+from graphopt.pipeline import Pipeline, Result, size_of
+from graphopt.quality import Bound, Quality
 from graphopt.quantization_report import LayerRow, QuantizationReport, Tried
-from graphopt.runtime import PROVIDERS, available_providers
-from graphopt.samples import Feeds, Samples
+from graphopt.runtime import available_providers
+from graphopt.samples import Feeds
 from graphopt.saturation import saturates
-from graphopt.timing import prepare
 
 Precision: TypeAlias = Literal["int8", "fp16"]
 Objective: TypeAlias = Literal["latency", "size"]
 Isa: TypeAlias = Literal["vnni", "avx512", "avx2"]
-
-BUDGET = 60.0
-"""Seconds that timing may take."""
-
-LOOKS = (2.0, 5.0, 10.0)
-"""Seconds of each look at a candidate beside the lossless model, under each condition."""
-
-LOSSLESS_SHARE = 0.35
-"""Part of the budget for the lossless model; a third of the rest goes to the last gate."""
 
 RECIPES = (
     Recipe(
@@ -68,23 +58,17 @@ RECIPES = (
 LEAST_SHARE = 0.2
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class Request(LossyRequest):
     """What is asked of `quantize`, checked.
 
     Attributes are the arguments of `quantize`.
     """
 
-    bound: Bound
     precision: Precision = "int8"
     weight_only: str | None = None
     block: int | None = None
     objective: Objective = "latency"
-    provider: str = "cpu"
-    contrib: bool = False
-    budget: float = BUDGET
-    seed: int = 0
-    threads: tuple[int, ...] = (1,)
     isa: Isa = "vnni"
 
     @property
@@ -93,6 +77,7 @@ class Request:
         return self.weight_only is not None or self.precision != "int8" or self.objective != "latency"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, kinds in (("precision", Precision), ("objective", Objective), ("isa", Isa)):
             if getattr(self, name) not in get_args(kinds):
                 raise SpecError(f"{name} is one of {', '.join(get_args(kinds))}, not {getattr(self, name)!r}")
@@ -110,10 +95,6 @@ class Request:
             )
         if self.block is not None and self.block not in BLOCKS:
             raise SpecError(f"a block is one of {', '.join(map(str, BLOCKS))}, not {self.block}", at="--block")
-        if self.provider not in PROVIDERS:
-            raise SpecError(
-                f"unknown provider '{self.provider}'", at="--provider", hint=f"known: {', '.join(PROVIDERS)}"
-            )
         if self.block is not None and self.weight_only is None:
             raise SpecError("a block is of weight-only forms", at="--block", hint="--weight-only int4 --block 32")
         if self.weight_only is not None and self.precision != "int8":
@@ -180,17 +161,13 @@ def quantize(
     """
     started = time.perf_counter()
     request = Request(
-        bound or Bound(), precision, weight_only, block, objective, provider, contrib, budget, seed,
-        thread_counts(threads), isa,
+        bound=bound or Bound(), precision=precision, weight_only=weight_only, block=block, objective=objective,
+        provider=provider, contrib=contrib, budget=budget, seed=seed, threads=thread_counts(threads), isa=isa,
     )  # fmt: skip
-    original = load(model)
-    samples = None if data is None else load_samples(data, original, batch=batch, seed=seed)
-    feeds = samples if samples is not None else load_samples(None, original, seed=seed, shapes=shapes)
-    if shapes is not None and data is not None:
-        raise SpecError("shapes are for random feeds; these samples have their own", hint="leave out --shape or --data")
+    given = Given.load(model, data, batch=batch, seed=seed, shapes=shapes)
     if decisions is not None and request.asks_for_a_form:
         raise SpecError("decisions say which form it is", at="--decisions", hint="leave out the form, or --decisions")
-    task = _Task(original, request, samples, feeds, progress or (lambda _: None))
+    task = _Task(given, request, progress)
     result = task.replayed(decisions) if decisions is not None else task.run()
     result.report.environment = environment.describe()
     result.report.seconds = time.perf_counter() - started
@@ -213,25 +190,13 @@ class Quantized:
         self.model.save(path)
 
 
-class _Task:
+class _Task(LossyTask):
     """One model, and how candidates are made, judged and timed."""
 
-    def __init__(
-        self, original: Model, request: Request, samples: Samples | None, feeds: Samples, progress: Progress
-    ) -> None:
-        self.original, self.request, self.feeds, self.progress = original, request, feeds, progress
-        self.target = Target(request.provider, request.threads[0], request.contrib)
-        self.settings = Settings(verify="off", on_failure="stop", seed=request.seed, target=self.target)
-        self.calibrating = None if samples is None else split(samples, "calibration", seed=request.seed)
-        self.judging = None if samples is None else split(samples, "judging", seed=request.seed)
-        if samples is None and request.bound.names_numbers:
-            raise DataError(
-                "a bound on outputs is judged on samples, and there are none", at="--data", hint="give --data"
-            )
-        if samples is None and request.bound.metric is not None:
-            self.judging = feeds  # the metric has data of its own
+    def __init__(self, given: Given, request: Request, progress: Progress | None) -> None:
+        super().__init__(given, request, progress, judged_on=_runs_on(request))
+        self.request = request
         self.tried: list[Tried] = []
-        self._check: QualityCheck | None = None
         self.rows: list[LayerRow] = []
         self.notes: list[str] = []
         self.outcomes: list[str] = []
@@ -252,49 +217,16 @@ class _Task:
             )  # fmt: skip
         return self._fastest()
 
-    def quality(self, model: Model) -> Quality | None:
-        """Return how good a model is, None where there is nothing to judge on."""
-        if self.judging is None:
-            return None
-        return self._checker().of(model)
-
-    def _checker(self) -> QualityCheck:
-        assert self.judging is not None
-        if self._check is None:
-            self._check = QualityCheck(
-                self.original, self.judging, self.request.bound, self.request.seed, provider=self._runs_on()
-            )
-        return self._check
-
-    def _runs_on(self) -> str:
-        """Return the provider that results are judged on: this machine may not have the one that they are for."""
-        wanted = self.request.provider
-        if self.request.precision == "int8" and self.request.weight_only is None:
-            return wanted
-        return wanted if wanted in available_providers() else "cpu"
-
-    def _prefix(self) -> tuple[spec.Step, ...]:
-        """Return the canonical stage of the lossless engine."""
-        return default_pipeline(DEFAULT_OPSET, "canonical").steps
-
     def _fastest(self) -> Quantized:
-        request = self.request
         self.progress("running the float model")
-        self._checker().prepare()  # what is wrong with samples or metric shows before minutes of timing
-        self.progress("making the lossless model")
-        lossless = optimize(
-            self.original, data=self.feeds, threads=request.threads, provider=request.provider,
-            contrib=request.contrib, seed=request.seed, budget=LOSSLESS_SHARE * request.budget,
-            progress=self.progress,
-        )  # fmt: skip
-        lowering = _lowering(lossless)
-        canonical = Pipeline(self._prefix()).run(self.original, samples=self.feeds, settings=self.settings).model
+        self.check.prepare()  # what is wrong with samples or metric shows before minutes of timing
+        lossless, lowering, canonical = self.lossless(), self.lowering(), self.canonical()
         candidates: list[Candidate] = []
         for recipe in RECIPES:
             beat = min((c.tried.predicted or math.inf for c in candidates), default=math.inf)
             found = self._chosen(canonical, recipe, lowering, beat)
             candidates += [] if found is None else [found]
-        best, timing = self._timed(lossless.model, candidates)
+        best, timing = self._timed(candidates)
         if best is None:
             return self._kept(lossless, canonical, candidates)
         return self._finished(best, timing)
@@ -304,7 +236,7 @@ class _Task:
     ) -> Candidate | None:
         """Return the best model of one form, None where no choice of layers keeps the bound."""
         assert self.calibrating is not None
-        if work_share(canonical, recipe, self.feeds.first()) < LEAST_SHARE:
+        if work_share(canonical, recipe, self.given.feeds.first()) < LEAST_SHARE:
             return None
         if saturates(self.request.isa):
             recipe = recipe.safe(self.request.isa)
@@ -321,7 +253,7 @@ class _Task:
             self.outcomes.append(f"{recipe.form}: {choice.outcome}")
             return None
         tried = next(t for t in choice.tried if t.quality is found.quality)
-        pipeline = Pipeline((*self._prefix(), *found.steps))
+        pipeline = Pipeline((*self.prefix(), *found.steps))
         return Candidate(recipe.form, found.model, pipeline, found.quality, choice.rows, tried)
 
     def _judged(self, model: Model) -> Quality:
@@ -329,27 +261,17 @@ class _Task:
         assert found is not None
         return found
 
-    def _timed(self, lossless: Model, candidates: Sequence[Candidate]) -> tuple[Candidate | None, Comparison | None]:
+    def _timed(self, candidates: Sequence[Candidate]) -> tuple[Candidate | None, Comparison | None]:
         """Return the fastest candidate that is faster than the lossless model, and what its timing was."""
         fastest: tuple[Candidate, Comparison] | None = None
         last: Comparison | None = None
-        if not candidates:
-            return None, None
-        conditions = Condition.all(self.request.threads, {"": prepare(self.original, self.feeds, self.request.seed)})
-        with judging(
-            conditions, provider=self.request.provider, seed=self.request.seed, progress=self.progress
-        ) as judge:
-            judge.deadline = time.monotonic() + (1 - LOSSLESS_SHARE) / 3 * self.request.budget
-            base = judge.candidate(lossless)
-            for one in candidates:
-                other = judge.candidate(one.model)
-                last = judge.compare(base, other, one.form, LOOKS, _decided, shared(len(candidates), len(LOOKS)))
-                other.forget()
-                one.tried.comparison = last
-                if not _faster(last):
-                    one.tried.verdict = f"not faster than the lossless model: {_worst(last)}"
-                elif fastest is None or last.overall.median < fastest[1].overall.median:
-                    fastest = one, last
+        found = self.compare([(one.form, one.model) for one in candidates]) if candidates else []
+        for one, last in zip(candidates, found, strict=True):
+            one.tried.comparison = last
+            if not faster(last):
+                one.tried.verdict = f"not faster than the lossless model: {in_words(last)}"
+            elif fastest is None or last.overall.median < fastest[1].overall.median:
+                fastest = one, last
         return (None, last) if fastest is None else fastest
 
     def _kept(self, lossless: Result, canonical: Model, candidates: Sequence[Candidate]) -> Quantized:
@@ -371,8 +293,7 @@ class _Task:
         order_constants(best.model.graph)  # so that a replay writes the same bytes
         report = self._report(best.model, best.rows, form=best.form)
         report.pipeline, report.quality, report.timing = str(best.pipeline), best.quality, timing
-        settings = self.settings
-        report.decisions = Decisions.of(self.original, best.pipeline, Selection(), settings, "optimized").to_dict()
+        report.decisions = self.decisions(best.pipeline).to_dict()
         return Quantized(best.model, report)
 
     def _report(self, model: Model, rows: Sequence[LayerRow], **fields: Any) -> QuantizationReport:
@@ -415,9 +336,9 @@ class _Task:
         result.report.notes += record.notes
         if quality is None:
             result.report.notes.append("what it costs in accuracy was not judged: there are no samples (--data)")
-        if quality is not None and self._runs_on() != self.request.provider:
+        if quality is not None and _runs_on(self.request) != self.request.provider:
             missing = f"{self.request.provider} is not in the installed ONNX Runtime"
-            result.report.notes.append(f"judged on {self._runs_on()}: {missing}")
+            result.report.notes.append(f"judged on {_runs_on(self.request)}: {missing}")
         return result
 
     def _smallest(self) -> Quantized:
@@ -444,16 +365,8 @@ class _Task:
 
     def replayed(self, decisions: Decisions | str | Path) -> Quantized:
         """Return what was decided before."""
-        path = None if isinstance(decisions, Decisions) else decisions
-        found = decisions if isinstance(decisions, Decisions) else read_decisions(decisions)
-        checked(found, self.original, path)
-        settings = found.settings(self.settings)
-        pipeline = Pipeline(found.pipeline) if found.pipeline else None
-        model = self.original.copy()
-        if pipeline is not None:
-            model = pipeline.run(self.original, samples=self.calibrating, settings=settings).model
-            order_constants(model.graph)
-        report = self._report(model, [], reason=f"as decided before{f' in {path}' if path else ''}")
+        model, found, reason = self.replay(decisions)
+        report = self._report(model, [], reason=reason)
         report.pipeline, report.quality = found.pipeline, self.quality(model)
         report.decisions = found.to_dict()
         return Quantized(model, report)
@@ -469,27 +382,8 @@ def work_share(model: Model, recipe: Recipe, feed: Feeds) -> float:
     return sum(macs.get(op, 0) for op in recipe.ops) / layers if layers else 0.0
 
 
-def _lowering(lossless: Result) -> tuple[spec.Step, ...]:
-    """Return the lowering passes that paid for the lossless model."""
-    decided = (lossless.report.decisions or {}).get("pipeline") or ""
-    steps = spec.parse(decided) if decided else default_pipeline().steps
-    passes = [step for step in steps if isinstance(step, spec.PassStep)]
-    return tuple(step for step in passes if registry.get(step.name).stage == "lowering")
-
-
-def _faster(comparison: Comparison) -> bool:
-    """Tell whether a candidate is faster beyond doubt, and slower under no condition as far as is seen."""
-    if comparison.same or not comparison.ratios:
-        return False
-    return comparison.overall.high < 1.0 and all(r.median <= 1.0 for r in comparison.ratios.values())
-
-
-def _decided(comparison: Comparison) -> bool:
-    return comparison.overall.high < 1.0 or comparison.overall.low > 1.0
-
-
-def _worst(comparison: Comparison) -> str:
-    if not comparison.ratios:
-        return comparison.note or "ORT makes the same graph of both"
-    label, ratio = comparison.worst
-    return f"{ratio.median:.3f} of its time ({ratio.low:.3f} to {ratio.high:.3f}) with {label}"
+def _runs_on(request: Request) -> str:
+    """Return the provider that results are judged on: this machine may not have the one that they are for."""
+    if request.precision == "int8" and request.weight_only is None:
+        return request.provider
+    return request.provider if request.provider in available_providers() else "cpu"

@@ -93,7 +93,7 @@ def all_that_the_noise_allows(costs: Any, noise: Mapping[str, float], limit: flo
 @pytest.fixture(autouse=True)
 def _whatever_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such small models are rarely faster: what can be made is made all the same, or nothing would be looked at."""
-    monkeypatch.setattr(quantizer, "_faster", lambda _: True)
+    monkeypatch.setattr(quantizer, "faster", lambda _: True)
     monkeypatch.setattr(layer_choice, "assign", all_that_the_noise_allows)
 
 

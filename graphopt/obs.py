@@ -1,7 +1,8 @@
 """The kernel of GPTQ, its kin and SparseGPT: inputs are settled one by one, later ones make up for the errors.
 
-A layer computes X W.  Changing W by D costs trace(Dᵀ H D) on the samples, H = XᵀX.  Once a row of W is settled (that is,
-rounded or set to zero), the best that the rows behind it can do is linear in its error; with UᵀU = H⁻¹, U upper triangular,
+A layer computes X W.  Changing W by D costs trace(Dᵀ H D) on the samples, H = XᵀX.  Once a row of W is settled
+(rounded, or set to zero), the best that the rows behind it can do is linear in its error.  With UᵀU = H⁻¹, U upper
+triangular, it is
 
     error = (row i - settled) / U[i, i]        row j -= U[i, j] error    for all j > i
 

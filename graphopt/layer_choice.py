@@ -23,10 +23,11 @@ from graphopt.edit import label
 from graphopt.errors import ModelError
 from graphopt.judge import Progress
 from graphopt.latency import LatencyModel, LayerCost
+from graphopt.lossy_report import Tried
 from graphopt.model import Model
 from graphopt.pipeline import Pipeline, Result, Settings
 from graphopt.quality import Quality
-from graphopt.quantization_report import LayerRow, Tried
+from graphopt.quantization_report import LayerRow
 from graphopt.samples import Samples
 from graphopt.search import Assignment, assign
 from graphopt.sensitivity import measure as measure_noise

@@ -28,12 +28,13 @@ from graphopt.errors import DataError, GateMissedError, SpecError
 from graphopt.judge import Comparison, Progress
 from graphopt.layer_choice import LayerChoice, Recipe, unable, unable_reason
 from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Given, LossyRequest, LossyTask, faster, in_words
+from graphopt.lossy_report import Tried
 from graphopt.model import Model, Source
 from graphopt.named_forms import BLOCKS, HALF, WEIGHT_ONLY, NamedForm
 from graphopt.optimizer import Shapes, default_pipeline, thread_counts
 from graphopt.pipeline import Pipeline, Result, size_of
 from graphopt.quality import Bound, Quality
-from graphopt.quantization_report import LayerRow, QuantizationReport, Tried
+from graphopt.quantization_report import LayerRow, QuantizationReport
 from graphopt.runtime import available_providers
 from graphopt.samples import Feeds
 from graphopt.saturation import saturates

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphopt.grams import Gram, GramRequest
     from graphopt.model import Model
     from graphopt.samples import Samples
+    from graphopt.sweep import Fit, Split
 
 Exactness = Literal["exact", "lossy"]
 Loss = Literal["structure", "numbers"]
@@ -76,6 +77,9 @@ class Observes(Protocol):
 
     def output_noise(self, reference: Model, names: Sequence[str], limit: int = 0) -> Measure:
         """Return a function from values of constants to the noise at the outputs."""
+
+    def sweep(self, fits: Sequence[Fit], reference: Model, rows: int = 0) -> Iterator[tuple[Fit, Split]]:
+        """Yield moments of layers' inputs against tensors of the reference, in order."""
 
 
 @dataclass
@@ -175,6 +179,22 @@ class Context:
             DataError: there are no samples.
         """
         return self._observing().fetches(tensors)
+
+    def sweep(self, fits: Sequence[Fit], rows: int = 0) -> Iterator[tuple[Fit, Split]]:
+        """Yield second moments of each layer's input against a tensor of the reference, on the samples.
+
+        Each is measured on the graph as it is when it is asked for: the weights of layers before may have changed.
+
+        Args:
+            fits: sorted, no layer before one that it depends on.
+            rows: of each layer over all samples, drawn at random (0: as many as its width asks for).
+
+        Raises:
+            DataError: there are no samples, or nothing to compare with.
+        """
+        if self.reference is None:
+            raise DataError("there is no model to compare layers with")
+        return self._observing().sweep(fits, self.reference(), rows)
 
     def _observing(self) -> Observes:
         if self.observer is None:

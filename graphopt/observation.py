@@ -15,6 +15,7 @@ from graphopt.samples import Samples
 if TYPE_CHECKING:
     from graphopt.calibrate import Calibration
     from graphopt.grams import Gram, GramRequest
+    from graphopt.sweep import Fit, Split
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -81,6 +82,16 @@ class Observer:
         from graphopt.trials import output_noise  # noqa: PLC0415
 
         return output_noise(self.model, reference, self._samples("output errors"), names, limit=limit)
+
+    def sweep(self, fits: Sequence[Fit], reference: Model, rows: int = 0) -> Iterator[tuple[Fit, Split]]:
+        """Yield moments of layers' inputs in the graph as it is against tensors of a reference, in order.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        from graphopt.sweep import sweep  # noqa: PLC0415
+
+        return sweep(self.model, reference, self._samples("layers"), fits, rows=rows, seed=self.seed)
 
     def fetches(self, tensors: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Yield the values of tensors of the main graph for each sample, the model run as it is written.

@@ -1,0 +1,271 @@
+"""Samples -> second moments of what a layer reads now against what it is to give, layer after layer.
+
+    for fit, split in sweep(model, reference, samples, fits):
+        ...                          # the layer's weight may be replaced here: what comes next is measured on that
+
+For a layer with rows X (see `graphopt.layer_inputs`) in the model as it is, and Y, a tensor of another model, of which
+each pixel or vector is a row: XᵀX, XᵀY, their means, and the squares of Y.  They are all that linear least squares
+needs.  Samples are told apart into those to fit on and those to judge by.
+
+Both models are run once over the samples, in segments from layer to layer (`graphopt.frontier`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from graphopt.errors import DataError
+from graphopt.frontier import DISK, MEMORY, Replay, Store
+from graphopt.layer_inputs import LARGEST, GramRequest, row_chunks
+from graphopt.model import Model
+from graphopt.samples import Samples
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+HELD_OUT = 5
+"""Each so many-th sample is held out; of few samples, the last part of so many of each."""
+
+FEW = 10
+"""Samples below which the parts that are held out are parts of samples."""
+
+ROWS = 1 << 14
+"""Rows of a layer at least, where there are so many."""
+
+ROWS_PER_COLUMN = 16
+"""Rows for each column of a row, where there are so many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A layer that is to give what a tensor of the reference holds.
+
+    Attributes:
+        label: of the layer, for the caller.
+        request: the rows of its input, in the model as it is.
+        target: tensor of the reference.
+        axis: that of its channels.
+        channels: which of them (None: all), in the layer's own order.
+        block: pixels of the target that one row makes, along each spatial axis (transposed convolutions); columns of Y
+            are then (channels, block…).
+        minus: tensor of the model as it is whose value is taken off the target: what is added to the layer's output
+            before it is compared.
+    """
+
+    label: str
+    request: GramRequest
+    target: str
+    axis: int
+    channels: Array | None = None
+    block: tuple[int, ...] = ()
+    minus: str = ""
+
+
+@dataclass
+class Moments:
+    """Sums over rows x of X and y of Y: float64, all less a fixed origin.  `a + b` is what the rows of both give.
+
+    Attributes:
+        xx: XᵀX, (group, width, width).
+        xy: XᵀY, (group, width, outputs).
+        x_sum: (group, width).
+        y_sum: (group, outputs).
+        yy: sums of squares, (group, outputs).
+        x_origin: what was taken off each row of X before (group, width).
+        y_origin: the same of Y (group, outputs).
+        count: number of rows.
+    """
+
+    xx: Array
+    xy: Array
+    x_sum: Array
+    y_sum: Array
+    yy: Array
+    x_origin: Array
+    y_origin: Array
+    count: int = 0
+
+    @classmethod
+    def empty(cls, x_origin: Array, y_origin: Array) -> Moments:
+        """Return the moments of no rows, to be taken from these origins."""
+        group, width = x_origin.shape
+        outputs = y_origin.shape[1]
+        return cls(
+            np.zeros((group, width, width)), np.zeros((group, width, outputs)), np.zeros((group, width)),
+            np.zeros((group, outputs)), np.zeros((group, outputs)), x_origin, y_origin,
+        )  # fmt: skip
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.xx + other.xx, self.xy + other.xy, self.x_sum + other.x_sum, self.y_sum + other.y_sum,
+            self.yy + other.yy, self.x_origin, self.y_origin, self.count + other.count,
+        )  # fmt: skip
+
+    def add(self, x: Array, y: Array) -> None:
+        """Add rows: float, (rows, group, width) and (rows, group, outputs)."""
+        x = (x - self.x_origin).astype(np.float32).transpose(1, 0, 2)
+        y = (y - self.y_origin).astype(np.float32).transpose(1, 0, 2)
+        turned = x.transpose(0, 2, 1)
+        self.xx += turned @ x
+        self.xy += turned @ y
+        self.x_sum += x.sum(axis=1, dtype=np.float64)
+        self.y_sum += y.sum(axis=1, dtype=np.float64)
+        self.yy += np.square(y, dtype=np.float64).sum(axis=1)
+        self.count += x.shape[1]
+
+    @property
+    def x_mean(self) -> Array:
+        """Mean row of X, (group, width)."""
+        return np.asarray(self.x_origin + self.x_sum / max(self.count, 1))
+
+    @property
+    def y_mean(self) -> Array:
+        """Mean row of Y, (group, outputs)."""
+        return np.asarray(self.y_origin + self.y_sum / max(self.count, 1))
+
+
+@dataclass
+class Split:
+    """Moments of the rows to fit on, and of those to judge by; the latter may have none."""
+
+    train: Moments
+    held_out: Moments
+
+    @property
+    def whole(self) -> Moments:
+        """Those of all rows."""
+        return self.train + self.held_out
+
+
+def sweep(
+    model: Model,
+    reference: Model,
+    samples: Samples,
+    fits: Sequence[Fit],
+    *,
+    rows: int = 0,
+    threads: int = 1,
+    seed: int = 0,
+    memory: int = MEMORY,
+    disk: int = DISK,
+) -> Iterator[tuple[Fit, Split]]:
+    """Yield the moments of each fit, of the model as it then is.
+
+    Args:
+        model: edited by the caller in between: weights of layers that were yielded, and nodes behind them.
+        reference: makes the targets; not changed.
+        samples: feeds; shapes may differ from one to the next.
+        fits: sorted: no layer before one that it depends on.
+        rows: of each layer over all samples, drawn at random (0: as many as its width asks for).
+        threads: of the sessions.
+        seed: of the draw.
+        memory: bytes of values held in memory.
+        disk: bytes of values held in all, temporary files included; what goes beyond costs samples.
+
+    Raises:
+        DataError: there are no samples, one does not fit, or a tensor has not the layout that a fit says.
+        ModelError: ORT refuses a part of a model.
+    """
+    store = Store(memory, disk)
+    try:
+        now, then = Replay("model", model, store, threads), Replay("reference", reference, store, threads)
+        inputs = [name for fit in fits for name in _inputs(fit)]
+        targets = [fit.target for fit in fits]
+        count = _start(samples, now, inputs, then, targets)
+        for i, fit in enumerate(fits):
+            count = now.advance(_inputs(fit), [name for later in fits[i + 1 :] for name in _inputs(later)], count)
+            count = then.advance([fit.target], targets[i + 1 :], count)
+            yield fit, _moments(fit, now, then, count, rows, [seed, i])
+    finally:
+        store.close()
+
+
+def _inputs(fit: Fit) -> list[str]:
+    """Return the tensors of the model as it is that a fit reads."""
+    return [fit.request.tensor, *([fit.minus] if fit.minus else [])]
+
+
+def _start(samples: Samples, now: Replay, inputs: Sequence[str], then: Replay, targets: Sequence[str]) -> int:
+    """Read the samples; return how many there are."""
+    count = 0
+    for feed in samples:
+        now.start(count, feed, inputs)
+        then.start(count, feed, targets)
+        count += 1
+        if now.store.full:
+            break
+    if not count:
+        raise DataError("there are no samples to measure layers on", hint="give --data")
+    return count
+
+
+def _moments(fit: Fit, now: Replay, then: Replay, count: int, rows: int, seed: list[int]) -> Split:
+    """Measure one fit."""
+    wanted = rows or max(ROWS, ROWS_PER_COLUMN * fit.request.width)
+    limit = max(1, math.ceil(wanted / count))
+    split: Split | None = None
+    for number in range(count):
+        minus = now.get(fit.minus, number) if fit.minus else None
+        values = now.get(fit.request.tensor, number)
+        x, y = paired_rows(fit, values, then.get(fit.target, number), minus, limit, [*seed, number])
+        if split is None and len(x):
+            origins = x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
+            split = Split(Moments.empty(*origins), Moments.empty(*origins))
+        if split is None:
+            continue
+        if count >= FEW:
+            (split.held_out if number % HELD_OUT == HELD_OUT - 1 else split.train).add(x, y)
+        else:
+            at = len(x) - len(x) // HELD_OUT
+            split.train.add(x[:at], y[:at])
+            split.held_out.add(x[at:], y[at:])
+    if split is None:
+        empty = np.zeros((fit.request.group, fit.request.width)), np.zeros((fit.request.group, 0))
+        return Split(Moments.empty(*empty), Moments.empty(*empty))
+    return split
+
+
+def paired_rows(
+    fit: Fit, values: Array, target: Array, minus: Array | None, limit: int, seed: Sequence[int]
+) -> tuple[Array, Array]:
+    """Return rows of X and Y of one sample, at most `limit` and usable: float32 (rows, group, columns of a group).
+
+    Raises:
+        DataError: there are not as many rows in Y as in X.
+    """
+    x = _drawn(fit.request, values, limit, seed)
+    if fit.channels is not None:
+        target = np.take(target, fit.channels, axis=fit.axis)
+    if minus is not None:
+        target = target - minus
+    laid = _laid_out(target, fit)
+    group = fit.request.group
+    y = _drawn(GramRequest(fit.target, laid.shape[-1] // group, group=group), laid, limit, seed)
+    if len(x) != len(y) or x.ndim != y.ndim:
+        raise DataError(
+            f"a layer's input gives {len(x)} rows where its target has {len(y)}",
+            at=f"layer '{fit.label}', tensors '{fit.request.tensor}' and '{fit.target}'",
+        )
+    usable = (np.abs(x) < LARGEST).all(axis=(1, 2)) & (np.abs(y) < LARGEST).all(axis=(1, 2))
+    return (x, y) if usable.all() else (x[usable], y[usable])
+
+
+def _drawn(request: GramRequest, values: Array, limit: int, seed: Sequence[int]) -> Array:
+    """Return rows of a tensor; the same draw for all tensors of as many rows."""
+    chunks = list(row_chunks(request, values, limit, np.random.default_rng(list(seed))))
+    return np.concatenate(chunks) if chunks else np.zeros((0, request.group, request.width), np.float32)
+
+
+def _laid_out(target: Array, fit: Fit) -> Array:
+    """Return a target with its columns last: (…, channels), of blocks (N, spatial…, channels × block…)."""
+    if not fit.block:
+        return np.moveaxis(target, fit.axis, -1)
+    spatial = [n for size, block in zip(target.shape[2:], fit.block, strict=True) for n in (size // block, block)]
+    axes = len(fit.block)
+    cut = target.reshape(*target.shape[:2], *spatial)
+    turned = cut.transpose(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))
+    return turned.reshape(*turned.shape[: 1 + axes], -1)

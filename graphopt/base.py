@@ -75,7 +75,9 @@ class Observes(Protocol):
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Return means of channels of tensors of the main graph."""
 
-    def output_noise(self, reference: Model, names: Sequence[str], limit: int = 0) -> Measure:
+    def output_noise(
+        self, reference: Model, names: Sequence[str], limit: int = 0, model: Model | None = None
+    ) -> Measure:
         """Return a function from values of constants to the noise at the outputs."""
 
     def sweep(self, fits: Sequence[Fit], reference: Model, rows: int = 0) -> Iterator[tuple[Fit, Split]]:
@@ -93,6 +95,7 @@ class Context:
         seed: for every random choice.
         samples: representative feeds, when the user gave some.
         original_bytes: size of the file that the original model makes.
+        gradients: of the task's loss, by initializer name of the original model; None without.
         notes: sentences for the report that are not about one change.
         observer: measures what flows through the model.
         reference: returns the model before the first lossy pass of this pass's kind (`Pass.loses`), its tensors under
@@ -105,6 +108,7 @@ class Context:
     seed: int = 0
     samples: Samples | None = None
     original_bytes: int = 0
+    gradients: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     observer: Observes | None = None
     reference: Callable[[], Model] | None = None
@@ -159,18 +163,21 @@ class Context:
         """
         return self._observing().means(axes, model, limit)
 
-    def output_noise(self, reference: Model, names: Sequence[str], limit: int = 0) -> Measure:
+    def output_noise(
+        self, reference: Model, names: Sequence[str], limit: int = 0, model: Model | None = None
+    ) -> Measure:
         """Return a function from values of some constants to how far the outputs then are from the reference's.
 
         Args:
             reference: computes what is wanted.
             names: the constants, of the main graph as it is now.
             limit: samples read at most (0: all).
+            model: whose constants, where not those of the graph as it is now: a form of it with switches, for one.
 
         Raises:
             DataError: there are no samples.
         """
-        return self._observing().output_noise(reference, names, limit)
+        return self._observing().output_noise(reference, names, limit, model)
 
     def fetches(self, tensors: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Yield the values of tensors of the main graph as it is now, by name, for each sample.

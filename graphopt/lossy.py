@@ -46,6 +46,7 @@ class LossyRequest:
         budget: seconds that timing may take, about.
         seed: for everything random.
         threads: ORT's intra-op threads to time with.
+        measure: whether anything is timed; without, static defaults decide what of the lowering is used.
     """
 
     bound: Bound
@@ -54,6 +55,7 @@ class LossyRequest:
     budget: float = BUDGET
     seed: int = 0
     threads: tuple[int, ...] = (1,)
+    measure: bool = True
 
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
@@ -155,14 +157,14 @@ class LossyTask:
         return Pipeline(self.prefix()).run(self.original, samples=self.given.feeds, settings=self.settings).model
 
     def lossless(self) -> Result:
-        """Return the lossless model, made once: with the lowering passes that pay."""
+        """Return the lossless model, made once: with the lowering passes that pay, if that may be measured."""
         if self._lossless is None:
             self.progress("making the lossless model")
             request = self.common
             self._lossless = optimize(
                 self.original, data=self.given.feeds, threads=request.threads, provider=request.provider,
                 contrib=request.contrib, seed=request.seed, budget=LOSSLESS_SHARE * request.budget,
-                progress=self.progress,
+                measure=request.measure, verify="end" if request.measure else "off", progress=self.progress,
             )  # fmt: skip
         return self._lossless
 

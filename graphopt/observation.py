@@ -72,7 +72,7 @@ class Observer:
         return collect(model or self.model, self._samples("means"), axes, limit=limit)
 
     def output_noise(
-        self, reference: Model, names: Sequence[str], limit: int = 0
+        self, reference: Model, names: Sequence[str], limit: int = 0, model: Model | None = None
     ) -> Callable[[Mapping[str, Array]], float]:
         """Return a function from values of constants to the noise at the outputs.
 
@@ -81,7 +81,7 @@ class Observer:
         """
         from graphopt.trials import output_noise  # noqa: PLC0415
 
-        return output_noise(self.model, reference, self._samples("output errors"), names, limit=limit)
+        return output_noise(model or self.model, reference, self._samples("output errors"), names, limit=limit)
 
     def sweep(self, fits: Sequence[Fit], reference: Model, rows: int = 0) -> Iterator[tuple[Fit, Split]]:
         """Yield moments of layers' inputs in the graph as it is against tensors of a reference, in order.

@@ -11,10 +11,10 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import onnx
 
@@ -70,6 +70,7 @@ class Settings:
         limit: apply only the first `limit` changes (what bisection varies).
         skip: changes that are not applied: measured, and found not to pay.
         known: statistics of tensors, taken before, so that passes need not measure them again.
+        gradients: of the task's loss, by initializer name of the original model.
         reproducers: folder for reproducers of failing passes, None to write none.
         printer: takes what `print_after` prints.
         watch: told of every change and near miss as passes propose them, with the record of the pass.
@@ -84,6 +85,7 @@ class Settings:
     limit: int | None = None
     skip: frozenset[Site] = frozenset()
     known: Calibration | None = None
+    gradients: Mapping[str, Any] | None = None
     reproducers: Path | None = None
     printer: Printer = print
     watch: Watch | None = None
@@ -336,6 +338,7 @@ class Run:
         context = Context(self.model, evaluate, self.settings.target, self.settings.seed, self.samples, self._bytes)
         context.observer = Observer(self.model, self.samples, self.settings.known, self.settings.seed)
         before = self._before_loss.get(step.loses, self.snapshot)
+        context.gradients = self.settings.gradients
         context.reference = lambda: from_snapshot(before)
         context._shapes, self._shapes = self._shapes, None
         graphs = list(self.model.graphs()) if step.scope == "graph" else [self.model.graph]

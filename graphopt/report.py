@@ -116,6 +116,15 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def human_count(count: float) -> str:
+    """Return a count as people read it: 1.23 M."""
+    for unit in ("", " k", " M", " G"):
+        if count < 1000 or unit == " G":
+            return f"{count:.0f}" if not unit else f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} G"
+
+
 def render(report: Report) -> Group:
     """Return the report for a terminal."""
     rows = rows_by_pass(report.passes)

@@ -80,3 +80,43 @@ DecisionsFile = Annotated[
 WriteDecisions = Annotated[
     Path | None, typer.Option("--write-decisions", metavar="FILE", help="write what was decided, for --decisions")
 ]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--eval", metavar="FILE.py:FUNCTION",
+        help="the task's metric, to be kept: gets predict(feeds) -> outputs, returns a number or one per item; higher "
+        "is better",
+    ),
+]  # fmt: skip
+MaxDrop = Annotated[
+    str | None, typer.Option(metavar="X|X%", help="largest drop of the metric [default: 1%]", show_default=False)
+]
+MinSqnr = Annotated[
+    float | None,
+    typer.Option(metavar="DB", help="least signal to noise of every float output; 20: noise of a tenth of the signal"),
+]
+MinCosine = Annotated[
+    float | None, typer.Option(metavar="X", help="least mean cosine of an output's rows with the float model's")
+]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", help="least part of rows whose largest score stays the largest; of masks: overlap above 0.5"
+    ),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", help="largest mean loss of probability where another class wins; 0.003 is 0.3 points of accuracy"
+    ),
+]
+Seconds = Annotated[
+    float,
+    typer.Option(
+        "--budget", min=1, metavar="SECONDS", help="time for timing, about; calibrating and judging come on top"
+    ),
+]
+TimedThreads = Annotated[
+    list[str] | None,
+    typer.Option(metavar="N[,N…]", help="intra-op threads to time with, all of them [default: 1]", show_default=False),
+]

@@ -86,3 +86,11 @@ FOLDED = frozenset({"Relu", "Clip"})
 
 SMALL_OPERAND = 16
 """An operand of a follower that is so many times smaller than its result costs little to quantize by itself."""
+
+CHANNEL_STEPS: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "cpu": ((32, 16), (16, 8), (0, 4)),
+    "cuda": ((16, 8), (0, 4)),
+    "tensorrt": ((16, 8), (0, 4)),
+}
+"""Provider -> (channels from which, multiple that pruning keeps them at).  ORT's CPU provider computes blocks of 16
+channels (8 without AVX-512) and takes its blocked layout only for multiples of 4; tensor cores want multiples of 8."""

@@ -70,6 +70,9 @@ class Observes(Protocol):
     def fetches(self, tensors: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Yield the values of tensors of the main graph for each sample."""
 
+    def random_feeds(self) -> Samples:
+        """Return random feeds for the model, of two shapes where dimensions are open."""
+
     def means(
         self, axes: Mapping[str, tuple[int, int]], model: Model | None = None, limit: int = 0
     ) -> dict[str, np.ndarray[Any, Any]]:
@@ -202,6 +205,14 @@ class Context:
         if self.reference is None:
             raise DataError("there is no model to compare layers with")
         return self._observing().sweep(fits, self.reference(), rows)
+
+    def random_feeds(self) -> Samples:
+        """Return seeded random feeds that the model runs on, of two shapes where dimensions are open.
+
+        Raises:
+            DataError: none are to be had; when iterated: none was found that the model runs on.
+        """
+        return self._observing().random_feeds()
 
     def _observing(self) -> Observes:
         if self.observer is None:

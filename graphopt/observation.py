@@ -93,6 +93,12 @@ class Observer:
 
         return sweep(self.model, reference, self._samples("layers"), fits, rows=rows, seed=self.seed)
 
+    def random_feeds(self) -> Samples:
+        """Return random feeds for the model as it is now, of two shapes where dimensions are open."""
+        from graphopt.random_feeds import random_feeds  # noqa: PLC0415
+
+        return random_feeds(self.model.copy(), seed=self.seed)
+
     def fetches(self, tensors: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Yield the values of tensors of the main graph for each sample, the model run as it is written.
 

@@ -215,7 +215,7 @@ class SwiGlu(Block):
 
 
 class Gqa(Block):
-    """A decoder in the shape of Llama (Touvron et al. 2023): 8 query heads on 4 key heads; embedding and head are one."""
+    """A decoder in the shape of Llama (Touvron et al. 2023): 8 query heads, 4 key heads; embedding and head are one."""
 
     def __init__(self, width: int = 32, size: int = 8) -> None:
         super().__init__()

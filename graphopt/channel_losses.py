@@ -82,6 +82,16 @@ class Reader:
         """How reports call it."""
         return label(self.node)
 
+    @property
+    def channel_axis(self) -> int:
+        """Which axis of its input holds the channels."""
+        return 1 if self.request.window is not None else self.request.axis
+
+    @property
+    def kernel(self) -> int:
+        """Rows of its weight for each channel."""
+        return math.prod(self.request.window.kernel) if self.request.window is not None else 1
+
     def matrix(self) -> Array:
         """Return the weight as (rows, outputs), float64; with one H for the channels, kernel positions are outputs."""
         values = np.asarray(self.weight.values, np.float64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import convnets, dense_prediction, mobile, sequences, transformers
+from . import convnets, dense_prediction, mixed, mobile, sequences, transformers
 from .spec import Input
 
 TORCHSCRIPT, DYNAMO = ("torchscript",), ("dynamo",)
@@ -76,6 +76,20 @@ NETWORKS = {
     "video": Network(dense_prediction.Video, {"clip": Input((2, 3, 4, 8, 8), (1, 3, 3, 10, 8))}),
     "siamese": Network(
         dense_prediction.Siamese, {side: Input((2, 3, 32, 32), (3, 3, 24, 40)) for side in ("left", "right")}
+    ),
+    "hrnet": Network(mixed.HighResolution, _image(3, 3, 48, 40)),
+    "cbam": Network(mixed.Cbam, _image(3, 3, 48, 40)),
+    "film": Network(mixed.Film, {"image": Input((2, 3, 16, 16), (3, 3, 24, 20)), "time": Input((2, 6), (3, 6))}),
+    "tabular": Network(mixed.Tabular, {"kinds": Input((2, 2), (5, 2), 12), "numbers": Input((2, 6), (5, 6))}),
+    "cached-decoder": Network(
+        mixed.CachedDecoder,
+        {"tokens": Input((2, 3), (3, 4), 40), **{n: Input((2, 4, 5, 8), (3, 4, 7, 8)) for n in ("keys", "values")}},
+        "layer",
+    ),
+    "cross-attention": Network(
+        mixed.CrossAttention,
+        {"image": Input((2, 3, 16, 16), (3, 3, 24, 20)), "tokens": Input((2, 5), (3, 7), 40)},
+        "layer",
     ),
     "lstm": Network(lambda: sequences.Recurrent(nn.LSTM), _TOKENS),
     "gru": Network(lambda: sequences.Recurrent(nn.GRU), _TOKENS),

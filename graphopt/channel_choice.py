@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from graphopt.analysis.channels import Group
     from graphopt.channel_losses import Curve
 
-__all__ = ["Allocation", "Counts", "MacsModel", "allocate", "allowed_counts", "choose", "keep_first"]
+__all__ = [
+    "Allocation",
+    "Counts",
+    "MacsModel",
+    "allocate",
+    "allowed_counts",
+    "candidates",
+    "choose",
+    "elements_per_unit",
+    "keep_first",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -247,7 +257,7 @@ def allocate(
     Raises:
         GateMissedError: not even the cheapest counts are within the bound; the error says what they cost.
     """
-    options = {g.name: _options(allowed_counts(g, round_to, least, provider)) for g in groups}
+    options = {g.name: candidates(allowed_counts(g, round_to, least, provider)) for g in groups}
     losses = {g.name: {n: curves[g.name].loss(g.size - n) for n in options[g.name]} for g in groups}
     tables = costs.tables(options)
     found = _descend(options, losses, _Tables(tables), bound)
@@ -264,7 +274,7 @@ def allocate(
     return found
 
 
-def _options(counts: Sequence[int]) -> list[int]:
+def candidates(counts: Sequence[int]) -> list[int]:
     """Return some ten counts, the whole group first."""
     return sorted({_nearest(counts, part * counts[0]) for part in OPTIONS}, reverse=True)
 

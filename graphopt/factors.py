@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from graphopt.analysis.factorable import Factorable
 from graphopt.layer_inputs import Gram, GramRequest
@@ -100,3 +101,42 @@ def in_parts(asked: Iterable[Asked]) -> Iterator[tuple[list[Asked], list[GramReq
         requests.update(own)
     if part:
         yield part, list(requests)
+
+
+def first_form(node: gs.Node, split: Split) -> tuple[str, dict[str, Any]]:
+    """Return operator and attributes of the first factor of a layer."""
+    if split.way == "product":
+        transposed = is_standard(node, "Gemm") and node.attrs.get("transA", 0)
+        return ("Gemm", {"transA": 1}) if transposed else ("MatMul", {})
+    if split.way == "wide":
+        return "Conv", dict(node.attrs)
+    return "Conv", _along(node, split, 0) if split.way == "spatial" else _pointwise(split)
+
+
+def second_form(node: gs.Node, split: Split) -> dict[str, Any]:
+    """Return the attributes of the second factor of a layer, of the layer's own operator."""
+    if split.way == "product":
+        return {}
+    if split.way == "narrow":
+        return dict(node.attrs)
+    return _along(node, split, 1) if split.way == "spatial" else _pointwise(split)
+
+
+def _pointwise(split: Split) -> dict[str, Any]:
+    return {"kernel_shape": [1] * (len(split.shape) - 2)}
+
+
+def _along(node: gs.Node, split: Split, axis: int) -> dict[str, Any]:
+    """Return the attributes of a convolution of two axes that works along one of them."""
+    found: dict[str, Any] = {"kernel_shape": [1, 1]}
+    found["kernel_shape"][axis] = split.shape[2 + axis]
+    for name in ("strides", "dilations"):
+        if name in node.attrs:
+            found[name] = [1, 1]
+            found[name][axis] = node.attrs[name][axis]
+    if "pads" in node.attrs:
+        found["pads"] = [0] * 4
+        found["pads"][axis], found["pads"][2 + axis] = node.attrs["pads"][axis], node.attrs["pads"][2 + axis]
+    if "auto_pad" in node.attrs:
+        found["auto_pad"] = node.attrs["auto_pad"]
+    return found

@@ -198,6 +198,18 @@ class Split:
         down = first.T.reshape(rank, channels, height, 1)
         return down, second.reshape(rank, 1, width, outputs).transpose(3, 0, 1, 2)
 
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the two layers' weights at a rank."""
+        if self.way == "product":
+            return (self.shape[0], rank), (rank, self.shape[1])
+        outputs, channels, *kernel = self.shape
+        ones = [1] * len(kernel)
+        if self.way == "wide":
+            return (rank, channels, *kernel), (outputs, rank, *ones)
+        if self.way == "narrow":
+            return (rank, channels, *ones), (outputs, rank, *kernel)
+        return (rank, channels, kernel[0], 1), (outputs, rank, 1, kernel[1])
+
     def whole_weight(self, matrix: Array) -> Array:
         """Return a matrix in the weight's own shape."""
         if self.way == "product":

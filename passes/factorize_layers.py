@@ -24,7 +24,7 @@ from graphopt.analysis.factorable import MARK, Factorable, find, wanted
 from graphopt.analysis.shapes import TensorType
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, drop_declared
-from graphopt.factors import ROWS, Asked, Solved, Solver, in_parts
+from graphopt.factors import ROWS, Asked, Solved, Solver, first_form, in_parts, second_form
 from graphopt.low_rank import Split, rounded
 from graphopt.ops import is_standard
 from graphopt.registry import register
@@ -188,10 +188,13 @@ class FactorizeLayers(Pass):
         name, shape = node.inputs[1].name, maker.ctx.shapes.proved(node.outputs[0]).shape
         between = maker.tensor(f"{layer.label}/between", TensorType(dtype, _between(split, shape, rank)))
         inputs = [node.inputs[0], maker.constant(f"{name}/first", first)]
-        made = maker.node(*_first(node, split, inputs, between), like=[node])
+        op, attrs = first_form(node, split)
+        made = maker.node(op, inputs, [between], attrs, like=[node])
         maker.edit.set_input(node, 0, between)
         maker.edit.set_input(node, 1, maker.constant(f"{name}/second", second))
-        _make_second(node, split)
+        attrs = second_form(node, split)
+        node.attrs.clear()
+        node.attrs.update(attrs)
         for part, told in ((made, "first"), (node, "second")):
             maker.ctx.model.metadata(part)[MARK] = f"{told} {split.way} {rank} {self._request}"
 
@@ -220,52 +223,6 @@ def _between(split: Split, shape: Any, rank: int) -> tuple[Any, ...] | None:
     if split.way == "product":
         return (*shape[:-1], rank)
     return (shape[0], rank, *(shape[2:] if split.way == "wide" else [None] * (len(shape) - 2)))
-
-
-def _first(
-    node: gs.Node, split: Split, inputs: list[gs.Tensor], made: gs.Tensor
-) -> tuple[str, list[gs.Tensor], list[gs.Tensor], dict[str, Any]]:
-    """Return operator, inputs, outputs and attributes of the first factor."""
-    if split.way == "product":
-        if is_standard(node, "Gemm") and node.attrs.get("transA", 0):
-            return "Gemm", inputs, [made], {"transA": 1}
-        return "MatMul", inputs, [made], {}
-    if split.way == "wide":
-        return "Conv", inputs, [made], dict(node.attrs)
-    axes = len(split.shape) - 2
-    if split.way == "narrow":
-        return "Conv", inputs, [made], {"kernel_shape": [1] * axes}
-    return "Conv", inputs, [made], _along(node, split, 0)
-
-
-def _make_second(node: gs.Node, split: Split) -> None:
-    """Turn a layer's attributes into those of its second factor."""
-    if split.way == "product":
-        for name in ("transA", "transB", "alpha", "beta"):
-            node.attrs.pop(name, None)
-    elif split.way == "wide":
-        node.attrs.clear()
-        node.attrs["kernel_shape"] = [1] * (len(split.shape) - 2)
-    elif split.way == "spatial":
-        attrs = _along(node, split, 1)
-        node.attrs.clear()
-        node.attrs.update(attrs)
-
-
-def _along(node: gs.Node, split: Split, axis: int) -> dict[str, Any]:
-    """Return the attributes of a convolution of two axes that works along one of them."""
-    found: dict[str, Any] = {"kernel_shape": [1, 1]}
-    found["kernel_shape"][axis] = split.shape[2 + axis]
-    for name in ("strides", "dilations"):
-        if name in node.attrs:
-            found[name] = [1, 1]
-            found[name][axis] = node.attrs[name][axis]
-    if "pads" in node.attrs:
-        found["pads"] = [0] * 4
-        found["pads"][axis], found["pads"][2 + axis] = node.attrs["pads"][axis], node.attrs["pads"][2 + axis]
-    if "auto_pad" in node.attrs:
-        found["auto_pad"] = node.attrs["auto_pad"]
-    return found
 
 
 def _set_bias(maker: Maker, layer: Factorable, values: Array) -> None:

@@ -11,6 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from graphopt.analysis.constants import array_of, constant_node
 from graphopt.errors import ModelError
 from graphopt.importer import (
     GraphOrigin,
@@ -22,7 +23,8 @@ from graphopt.importer import (
     stated_type,
     unchanged,
 )
-from graphopt.tensors import LazySparse, LazyTensor, encode, encode_into, onnx_dtype, same_dtype
+from graphopt.sparse_marks import marks
+from graphopt.tensors import LazySparse, LazyTensor, encode, encode_into, onnx_dtype, same_dtype, sparse_form
 
 Place: TypeAlias = Callable[[TensorProto, str, Values], bool]
 """Puts a constant under its name into an empty proto; False leaves it out and makes it a graph input of its type
@@ -53,6 +55,9 @@ def untouched(constant: gs.Constant) -> Values:
     return values  # type: ignore[no-any-return]
 
 
+SPARSE_CONSTANTS = 11
+"""First operator set whose Constant holds sparse tensors."""
+
 _EDITABLE = {"input", "output", "attribute", "metadata_props"}
 
 
@@ -62,11 +67,15 @@ class Exporter:
     Args:
         shell: the `ModelProto` without graph and functions.
         place: where the data of constants goes.
+        compact: weights that are sparse on purpose (`sparse_marks`) are put into Constant nodes that hold them in
+            sparse form, where that is smaller: ONNX's full checker and ONNX Runtime take these everywhere, while the
+            checker's type inference refuses sparse initializers wherever a dense tensor is read.
     """
 
-    def __init__(self, shell: onnx.ModelProto, place: Place = put_inline) -> None:
+    def __init__(self, shell: onnx.ModelProto, place: Place = put_inline, *, compact: bool = False) -> None:
         self.shell = shell
         self.place = place
+        self.compact = compact
         self.listed = shell.ir_version < 4  # before IR 4 every initializer is listed as an input
 
     def run(self, graph: gs.Graph, functions: Iterable[gs.Function]) -> onnx.ModelProto:
@@ -85,11 +94,16 @@ class Exporter:
         if out.name != (graph.name or ""):  # setting an empty name would make it a field that is there
             out.name = graph.name or ""
         constants = constants_of(graph, outer)
-        extra_inputs = self._initializers(constants, held, out, main=main)
+        sparse = _sparse_weights(graph, held) if main and self.compact else {}
+        kept = [c for c in constants if id(c) not in sparse]
+        extra_inputs = self._initializers(kept, held, out, main=main)
         self._inputs(graph, held, out, extra_inputs)
         own = {id(c) for c in constants} - outer
         outer |= own  # one set for all depths: a copy per subgraph takes quadratic time
-        self._nodes(graph.nodes, out.node, outer)
+        for tensor in sparse.values():
+            node = out.node.add(op_type="Constant", output=[tensor.values.name])
+            node.attribute.add(name="sparse_value", type=AttributeProto.SPARSE_TENSOR, sparse_tensor=tensor)
+        self._nodes((n for n in graph.nodes if id(n) not in sparse), out.node, outer)
         outer -= own
         out.output.extend(_output_infos(graph, held))
         out.value_info.extend(_value_infos(graph, held))
@@ -217,6 +231,27 @@ def constants_of(graph: gs.Graph, outer: set[int]) -> list[gs.Constant]:
         if isinstance(tensor, gs.Constant) and id(tensor) not in outer:
             found.setdefault(id(tensor), tensor)
     return list(found.values())
+
+
+def _sparse_weights(graph: gs.Graph, held: GraphOrigin) -> dict[int, onnx.SparseTensorProto]:
+    """Return the constants that are to be stored in sparse form, by the id of the initializer or of its node."""
+    if graph.opset < SPARSE_CONSTANTS:
+        return {}
+    fixed = {id(t) for t in (*graph.outputs, *held.input_order)}
+    found: dict[int, onnx.SparseTensorProto] = {}
+    for node in graph.nodes:
+        came_from: NodeOrigin | None = origin(node)
+        for port, mark in marks(came_from.metadata).items() if came_from is not None else ():
+            tensor = node.inputs[port] if port < len(node.inputs) else None
+            if mark.storage != "sparse" or tensor is None or id(tensor) in fixed:
+                continue
+            fixed.add(id(tensor))
+            holder = constant_node(tensor) or tensor
+            values = None if "sparse_value" in getattr(holder, "attrs", {}) else array_of(tensor)
+            stored = None if values is None else sparse_form(values, tensor.name)
+            if stored is not None:
+                found[id(holder)] = stored
+    return found
 
 
 def _constant_info(constant: gs.Constant) -> ValueInfoProto:

@@ -230,9 +230,9 @@ class Model:
         """Return about how many bytes the model takes on disk: its structure and its weights."""
         return self.snapshot().nbytes
 
-    def emit(self, place: Place = put_inline) -> onnx.ModelProto:
-        """Return the model as a new proto, its weights put where `place` says."""
-        return Exporter(self.shell, place).run(self.graph, self.functions)
+    def emit(self, place: Place = put_inline, *, compact: bool = False) -> onnx.ModelProto:
+        """Return the model as a new proto, its weights put where `place` says; `compact` as in `Exporter`."""
+        return Exporter(self.shell, place, compact=compact).run(self.graph, self.functions)
 
     @property
     def proto(self) -> onnx.ModelProto:
@@ -282,7 +282,7 @@ class Model:
         if self.weight_bytes() > INLINE_LIMIT or self._came_external():
             stale.discard(self._save_external(path))
         else:
-            _write(path, self.emit())
+            _write(path, self.emit(compact=True))
         for old in stale:
             old.unlink(missing_ok=True)
 

@@ -22,6 +22,9 @@ KEEP_UNFOLDED = DEQUANTIZE
 DECODES = "graphopt.decodes"
 """Metadata of nodes that decode stored weights, as the pass that put them in: folding them here would undo it."""
 
+SPARSE = "graphopt.sparse"
+"""Metadata of nodes whose weights were made sparse (format: `sparse_marks.py`)."""
+
 COMMUTATIVE = frozenset(
     {
         "Add", "Mul", "And", "Or", "Xor", "Equal", "BitwiseAnd", "BitwiseOr", "BitwiseXor",

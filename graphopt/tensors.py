@@ -276,6 +276,29 @@ class LazySparse(gs.ir.tensor.LazyValues):  # type: ignore[misc]
         return out
 
 
+SPARSE_OVERHEAD = 128
+"""Bytes that a sparse tensor takes besides its elements, about, with the node that holds it."""
+
+
+def sparse_form(values: np.ndarray[Any, Any], name: str) -> onnx.SparseTensorProto | None:
+    """Return floats as a sparse tensor under `name`; None where that is not smaller.
+
+    Each element takes its place (int64, in the flat tensor) beside its value: it is smaller below a third of float32.
+    What has another bit pattern than +0 is stored, -0 too, so that the very same values come back.
+    """
+    if values.dtype.kind != "f" or values.ndim == 0:
+        return None
+    bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}").reshape(-1)
+    count = int(np.count_nonzero(bits))
+    if count * (8 + values.dtype.itemsize) + SPARSE_OVERHEAD >= values.nbytes:
+        return None
+    places = np.flatnonzero(bits).astype(np.int64)
+    out = onnx.SparseTensorProto(dims=values.shape)
+    encode_into(out.values, np.ascontiguousarray(values).reshape(-1)[places], name)
+    encode_into(out.indices, places, "")
+    return out
+
+
 def _to_array(proto: TensorProto) -> np.ndarray[Any, Any]:
     """Return an inline tensor's values."""
     try:

@@ -36,7 +36,7 @@ from graphopt.analysis.constants import (
 from graphopt.analysis.steps import step_behind
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, become_constant, label, turn_into
-from graphopt.ops import COMMUTATIVE, MOVED_TO_INPUT, is_standard
+from graphopt.ops import COMMUTATIVE, MOVED_TO_INPUT, SPARSE, is_standard
 from graphopt.registry import register
 from graphopt.tensors import LazySparse, is_float, onnx_dtype
 
@@ -99,8 +99,12 @@ Rule = Callable[[_Site, gs.Node], Iterator[Change]]
 def _constant_node(site: _Site, node: gs.Node) -> Iterator[Change]:
     values = node_values(node)
     tensor = node.outputs[0]
-    if values is None or isinstance(values, LazySparse) or not site.ctx.holds_initializers(site.graph):
+    if values is None or not site.ctx.holds_initializers(site.graph):
         return
+    if isinstance(values, LazySparse):
+        if not all(SPARSE in site.ctx.model.metadata(user) for user in tensor.outputs):
+            return  # saving makes only those weights sparse again whose layers say so
+        values = values.load()
 
     def apply() -> None:
         become_constant(site.graph, tensor, values)

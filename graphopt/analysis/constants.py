@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.ops import MOVED_TO_INPUT, NONDETERMINISTIC, is_standard
+from graphopt.tensors import LazySparse
 
 Array = np.ndarray[Any, Any]
 
@@ -50,10 +52,12 @@ def constant_node(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def node_values(node: gs.Node) -> Any:
-    """Return what a Constant node holds: an array, lazy values, or None where it is sparse or an attribute's."""
+    """Return what a Constant node holds: an array, lazy values (sparse ones too), None where it is an attribute's."""
     for name, value in node.attrs.items():
         if isinstance(value, gs.Constant):
             return value._values
+        if name == "sparse_value" and isinstance(value, onnx.AttributeProto) and value.HasField("sparse_tensor"):
+            return LazySparse(value.sparse_tensor)
         if name in _SPELLINGS and not isinstance(value, gs.Node.AttributeRef):
             return _SPELLINGS[name](value)
     return None

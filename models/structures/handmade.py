@@ -8,6 +8,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from .builder import Builder, Made
+from .handmade_forms import FORMS
 from .spec import Input
 
 IMAGE = {"x": Input((2, 3, 8, 8), (3, 3, 10, 12))}
@@ -301,5 +302,6 @@ MODELS: dict[str, Callable[[np.random.Generator], Made]] = {
         unequal_split,
         written_group_norm,
         written_softmax_head,
+        *FORMS,
     )
 }

@@ -348,9 +348,16 @@ def _count(ctx: Context) -> int:
     return sum(1 for _ in ctx.samples) if ctx.samples is not None else 0
 
 
+def magnitudes(groups: Sequence[Group]) -> dict[str, Curve]:
+    """Return how each group shrinks by the energy of the weights that make it, by its name: without samples."""
+    return {group.name: _magnitude(group) for group in groups}
+
+
 def _curve(group: Group, found: Sequence[_Solved]) -> Curve:
-    if found:
-        return Curve(*shrink([solved.part() for solved in found], group.size))
+    return Curve(*shrink([solved.part() for solved in found], group.size)) if found else _magnitude(group)
+
+
+def _magnitude(group: Group) -> Curve:
     energy = np.zeros(group.size)
     for site in group.role("makes"):
         values = np.asarray(site.tensor.values)

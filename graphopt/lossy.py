@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -175,8 +175,15 @@ class LossyTask:
         passes = [step for step in steps if isinstance(step, spec.PassStep)]
         return tuple(step for step in passes if registry.get(step.name).stage == "lowering")
 
-    def compare(self, candidates: Sequence[tuple[str, Model]]) -> list[Comparison]:
-        """Return the time of each (name, candidate) over the lossless model's, in a third of what timing may take."""
+    def compare(
+        self, candidates: Sequence[tuple[str, Model]], enough: Callable[[Comparison], bool] | None = None
+    ) -> list[Comparison]:
+        """Return the time of each (name, candidate) over the lossless model's, in a third of what timing may take.
+
+        Args:
+            candidates: by name.
+            enough: tells whether a look is; by default that is clear which one is faster.
+        """
         request = self.common
         conditions = Condition.all(request.threads, {"": prepare(self.original, self.given.feeds, request.seed)})
         found = []
@@ -185,7 +192,8 @@ class LossyTask:
             base = judge.candidate(self.lossless().model)
             for name, model in candidates:
                 other = judge.candidate(model)
-                found.append(judge.compare(base, other, name, LOOKS, _decided, shared(len(candidates), len(LOOKS))))
+                confidence = shared(len(candidates), len(LOOKS))
+                found.append(judge.compare(base, other, name, LOOKS, enough or _decided, confidence))
                 other.forget()
         return found
 

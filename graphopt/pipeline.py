@@ -200,6 +200,13 @@ def make_pass(step: spec.PassStep) -> Pass:
     return registry.get(step.name).from_options(step.options)
 
 
+def context_of(model: Model, samples: Samples | None, settings: Settings, original_bytes: int = 0) -> Context:
+    """Return what a pass may ask about a model; without a reference."""
+    context = Context(model, evaluate, settings.target, settings.seed, samples, original_bytes, settings.gradients)
+    context.observer = Observer(model, samples, settings.known, settings.seed)
+    return context
+
+
 def size_of(model: Model) -> Size:
     """Return node, initializer and byte counts of a model."""
     nodes = sum(1 for node in model.nodes() if node.op != "Constant")
@@ -335,10 +342,8 @@ class Run:
 
     def _apply(self, step: Pass, record: PassRecord) -> bool:
         """Apply a pass's changes; return whether the model is another one now."""
-        context = Context(self.model, evaluate, self.settings.target, self.settings.seed, self.samples, self._bytes)
-        context.observer = Observer(self.model, self.samples, self.settings.known, self.settings.seed)
+        context = context_of(self.model, self.samples, self.settings, self._bytes)
         before = self._before_loss.get(step.loses, self.snapshot)
-        context.gradients = self.settings.gradients
         context.reference = lambda: from_snapshot(before)
         context._shapes, self._shapes = self._shapes, None
         graphs = list(self.model.graphs()) if step.scope == "graph" else [self.model.graph]

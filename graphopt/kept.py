@@ -21,8 +21,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 KEY = "graphopt.kept"
 """Metadata of a node: the channels of its first output that are left."""
 
-UNITS = "graphopt.kept.units"
-"""Metadata of the node that a channel group is called after: name of the group -> units that it had."""
+GROUPS = "graphopt.kept.groups"
+"""Metadata of the node that a channel group is called after: name of the group -> channels of the node that it had."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,22 @@ def positions(before: gs.Node, after: gs.Node, size: int) -> Array:
     return np.searchsorted(first.indices, last.indices)
 
 
-def units_before(node: gs.Node, group: str, size: int) -> int:
-    """Return how many units a channel group called after `node` had at first; it has `size` now."""
-    return max(size, _units(node).get(group, size))
+def width_before(node: gs.Node, group: str, width: int) -> int:
+    """Return how many channels of `node` a group called after it had at first; it has `width` now."""
+    return max(width, groups(node).get(group, width))
 
 
-def record_units(node: gs.Node, group: str, size: int) -> None:
-    """Write down how many units a channel group has before it is cut; the first note stays."""
-    held = _units(node)
+def record_group(node: gs.Node, group: str, width: int) -> None:
+    """Write down how many channels of a node a group has before it is cut; the first note stays."""
+    held = groups(node)
     if group not in held:
-        _metadata(node, make=True)[UNITS] = json.dumps({**held, group: int(size)}, sort_keys=True)
+        _metadata(node, make=True)[GROUPS] = json.dumps({**held, group: int(width)}, sort_keys=True)
 
 
-def _units(node: gs.Node) -> dict[str, int]:
+def groups(node: gs.Node) -> dict[str, int]:
+    """Return the groups called after a node that were cut, with the channels that they had at first."""
     try:
-        said = json.loads(_metadata(node).get(UNITS, "{}"))
+        said = json.loads(_metadata(node).get(GROUPS, "{}"))
         return {str(name): int(size) for name, size in said.items()}
     except (ValueError, TypeError, AttributeError):
         return {}

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -91,8 +92,7 @@ def _zeroed(
     """Return a weight with zeros for what is lost, in codes the zero point."""
     found = values.copy()
     if rng is not None and is_float(values.dtype):
-        away = rng.choice(np.array([-1.0, 1.0]), size=values.shape)
-        found = np.asarray(values + values * away.astype(values.dtype) * np.finfo(values.dtype).eps, values.dtype)
+        found = _moved(values, rng)
     zero = _zero_code(node, values)
     for axis, lost in losses:
         place = [slice(None)] * values.ndim
@@ -128,8 +128,7 @@ def proved(
         evaluate: as in `base.Context`.
         seed: of the weights moved to learn what rounding does.
     """
-    twin = masked(model, groups).proto
-    after = cut.proto
+    twin, after = masked(model, groups).proto, cut.proto
     moved: Any = None
     worst, allowed = 0.0, FLOAT_NOISE
     for feed in feeds:
@@ -138,14 +137,43 @@ def proved(
         except GraphoptError as error:
             return Verdict(float("inf"), allowed, f"the cut model does not run: {error.what}")
         name, apart = _apart(wanted, found)
-        if apart > allowed and apart <= LIMIT:
+        if allowed < apart <= LIMIT:
             moved = moved or masked(model, groups, jitter=seed).proto
-            allowed = max(allowed, min(LIMIT, TIMES * _apart(wanted, evaluate(moved, feed, None))[1]))
+            noise = _apart(wanted, evaluate(moved, _jittered(feed, seed), None))[1]
+            allowed = max(allowed, min(LIMIT, TIMES * noise))
         worst = max(worst, apart)
         if apart > allowed:
             why = f"output '{name}' of the cut model is {apart:.1e} off the masked one, {allowed:.0e} would be rounding"
             return Verdict(worst, allowed, why)
     return Verdict(worst, allowed)
+
+
+def runs(model: Model, feeds: Iterable[Mapping[str, Any]], evaluate: Evaluate) -> str:
+    """Return why a model does not run on feeds, "" where it does."""
+    proto = model.proto
+    try:
+        for feed in feeds:
+            evaluate(proto, feed, None)
+    except GraphoptError as error:
+        return f"the cut model does not run: {error.what}"
+    return ""
+
+
+def _jittered(feed: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return a feed with its floats moved by one unit in the last place of float32 at random."""
+    rng = np.random.default_rng(seed)
+    moved = dict(feed)
+    for name, value in feed.items():
+        if isinstance(value, np.ndarray) and is_float(value.dtype):
+            moved[name] = _moved(value, rng)
+    return moved
+
+
+def _moved(values: Array, rng: np.random.Generator) -> Array:
+    """Return floats moved by about one unit in the last place (float32's at least) up or down."""
+    away = rng.choice(np.array([-1.0, 1.0]), size=values.shape)
+    step = max(float(ml_dtypes.finfo(values.dtype).eps), float(np.finfo(np.float32).eps))
+    return np.asarray(values.astype(np.float64) * (1.0 + away * step), values.dtype)
 
 
 def _apart(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, float]:

@@ -44,14 +44,14 @@ class Surgery:
         patches: by place of the node.
         shapes: name of a computed tensor -> what stays of it, by axis.
         layers: place of a node with weights -> (output channels before, those that stay).
-        units: place of the node that a group is called after -> (group, units before).
+        groups: place of the node that a group is called after, its name, the channels of that node that it had.
     """
 
     constants: dict[Use, dict[int, Array]] = field(default_factory=dict)
     patches: dict[int, Patch] = field(default_factory=dict)
     shapes: dict[str, dict[int, Array]] = field(default_factory=dict)
     layers: dict[int, tuple[int, Array]] = field(default_factory=dict)
-    units: list[tuple[int, str, int]] = field(default_factory=list)
+    groups: list[tuple[int, str, int]] = field(default_factory=list)
 
     def operate(self, model: Model, fresh: Callable[[str], str]) -> None:
         """Cut.
@@ -70,8 +70,8 @@ class Surgery:
         _state(nodes, self.shapes)
         for place, (width, stay) in self.layers.items():
             notes.record(nodes[place], width, stay)
-        for place, group, size in self.units:
-            notes.record_units(nodes[place], group, size)
+        for place, group, width in self.groups:
+            notes.record_group(nodes[place], group, width)
 
 
 def plan(
@@ -96,10 +96,14 @@ def plan(
         refused.update(found)
 
 
-def called_after(group: Group) -> gs.Node | None:
-    """Return the first node that makes a group's units: what the group is called after."""
-    nodes = [site.node for role in ("makes", "holds", "carries") for site in group.sites if site.role == role]
-    return next((node for node in nodes if node is not None), None)
+def first_site(group: Group) -> Site | None:
+    """Return where a group is first made: at the node that it is called after."""
+    return next((site for site in group.sites if site.role == "makes" and site.node is not None), None)
+
+
+def width_of(site: Site) -> int:
+    """Return how many channels of a site belong to its group."""
+    return int(np.count_nonzero(site.units >= 0))
 
 
 class _Planner:
@@ -183,15 +187,16 @@ class _Planner:
     def _note(self) -> None:
         """Take down which layers lose output channels, and how many units each group had."""
         for group in self.groups:
-            node = called_after(group)
-            if node is not None:
-                self.surgery.units.append((self.places[id(node)], group.name, group.size))
+            site = first_site(group)
+            if site is not None:
+                self.surgery.groups.append((self.places[id(site.node)], group.name, width_of(site)))
         for use in self.surgery.constants:
             node = self.graph.nodes[use[0]]
-            axes = self.surgery.shapes.get(node.outputs[0].name) if node.outputs else None
+            made = next((tensor for tensor in node.outputs if tensor.name), None)
+            axes = self.surgery.shapes.get(made.name) if made is not None else None
             if axes and len(axes) == 1:
                 [(axis, stay)] = axes.items()
-                self.surgery.layers[use[0]] = (len(self._computed[id(node.outputs[0])][axis]), stay)
+                self.surgery.layers[use[0]] = (len(self._computed[id(made)][axis]), stay)
 
 
 def _indices(masks: Mapping[int, Array]) -> dict[int, Array]:

@@ -22,7 +22,8 @@ class Network:
     Attributes:
         build: makes the network with any weights.
         inputs: by name.
-        norm: `batch` where every parameter must lie on a prunable axis, `layer` where LayerNorm may freeze some.
+        norm: `batch` where every parameter must lie on a prunable axis, `layer` where LayerNorm may freeze some, `none`
+            where more stays by the nature of the network.
         exporters: of `BOTH`.
         merged: whether equal weights are one initializer, as exporters leave untrained networks.
     """
@@ -63,8 +64,8 @@ NETWORKS = {
     "vgg": Network(convnets.vgg, _image(side=16)),
     "convnext": Network(convnets.ConvNext, _image(3, 3, 48, 40), "layer"),
     "swin": Network(transformers.Swin, _image(), "layer"),
-    "vit": Network(transformers.Vit, _image(), "layer"),
-    "mixer": Network(transformers.Mixer, _image(), "layer"),
+    "vit": Network(transformers.Vit, _image(side=16), "layer"),
+    "mixer": Network(transformers.Mixer, _image(side=16), "layer"),
     "mobilevit": Network(transformers.MobileVit, _image(), "layer"),
     "encoder": Network(transformers.Encoder, _TOKENS, "layer", DYNAMO),
     "encoder-fixed": Network(transformers.Encoder, {"tokens": Input((2, 7), (3, 7), 40)}, "layer", TORCHSCRIPT),
@@ -78,13 +79,13 @@ NETWORKS = {
         dense_prediction.Siamese, {side: Input((2, 3, 32, 32), (3, 3, 24, 40)) for side in ("left", "right")}
     ),
     "hrnet": Network(mixed.HighResolution, _image(3, 3, 48, 40)),
-    "cbam": Network(mixed.Cbam, _image(3, 3, 48, 40)),
+    "cbam": Network(mixed.Cbam, _image(3, 3, 48, 40), "none"),
     "film": Network(mixed.Film, {"image": Input((2, 3, 16, 16), (3, 3, 24, 20)), "time": Input((2, 6), (3, 6))}),
     "tabular": Network(mixed.Tabular, {"kinds": Input((2, 2), (5, 2), 12), "numbers": Input((2, 6), (5, 6))}),
     "cached-decoder": Network(
         mixed.CachedDecoder,
         {"tokens": Input((2, 3), (3, 4), 40), **{n: Input((2, 4, 5, 8), (3, 4, 7, 8)) for n in ("keys", "values")}},
-        "layer",
+        "none",
     ),
     "cross-attention": Network(
         mixed.CrossAttention,

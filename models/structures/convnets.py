@@ -183,11 +183,11 @@ class ConvNext(Block):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 4, 4), ChannelsFirstNorm(16, eps=1e-6))
-        down = [ChannelsFirstNorm(16, eps=1e-6), nn.Conv2d(16, 32, 2, 2)]
-        stages = [ConvNextBlock(16), ConvNextBlock(16), *down, ConvNextBlock(32), ConvNextBlock(32)]
+        self.stem = nn.Sequential(nn.Conv2d(3, 40, 4, 4), ChannelsFirstNorm(40, eps=1e-6))
+        down = [ChannelsFirstNorm(40, eps=1e-6), nn.Conv2d(40, 80, 2, 2)]
+        stages = [ConvNextBlock(40), ConvNextBlock(40), *down, ConvNextBlock(80), ConvNextBlock(80)]
         self.stages = nn.Sequential(*stages)
-        self.norm, self.head = nn.LayerNorm(32, eps=1e-6), nn.Linear(32, 10)
+        self.norm, self.head = nn.LayerNorm(80, eps=1e-6), nn.Linear(80, 10)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits."""

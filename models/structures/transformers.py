@@ -45,14 +45,14 @@ class Vit(Block):
 
     def __init__(self, width: int = 40, heads: int = 5) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.patches = nn.Conv2d(3, width, 4, 4)
         self.token = nn.Parameter(torch.randn(1, 1, width))
         self.positions = nn.Parameter(torch.randn(1, 17, width))
         self.blocks = nn.Sequential(*(PreNorm(width, PackedAttention(width, heads)) for _ in range(2)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the logits of N, 3, 32, 32."""
+        """Return the logits of N, 3, 16, 16."""
         x = self.patches(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
         return self.head(self.norm(self.blocks(x))[:, 0])
@@ -142,7 +142,7 @@ class Encoder(Block):
         super().__init__()
         self.words, self.positions = nn.Embedding(50, width), nn.Embedding(32, width)
         self.norm = nn.LayerNorm(width)
-        layer = nn.TransformerEncoderLayer(width, heads, 64, 0.0, "gelu", batch_first=True)
+        layer = nn.TransformerEncoderLayer(width, heads, 128, 0.0, "gelu", batch_first=True)
         self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.pooler, self.head = nn.Linear(width, width), nn.Linear(width, 3)
 
@@ -258,12 +258,12 @@ class Mixer(Block):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.patches = nn.Conv2d(3, 32, 4, 4)
         self.blocks = nn.Sequential(MixerBlock(16, 32), MixerBlock(16, 32))
         self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 10)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the logits of N, 3, 32, 32."""
+        """Return the logits of N, 3, 16, 16."""
         x = self.patches(image).flatten(2).transpose(1, 2)
         return self.head(self.norm(self.blocks(x)).mean(1))
 

@@ -1,0 +1,489 @@
+"""How operators tie channels: tables of letters, of aligned axes, of axes that an operator works over.
+
+    Conv           X nc..  W oc..  B o   -> Y no..     c is contracted: W reads it; o is made
+    elementwise    right-aligned over all operands, equal sizes go together, size 1 broadcasts
+    BatchNorm      aligned, parameters along axis 1
+    Softmax        aligned, but its axis is mixed: it stays
+
+Cutting an index everywhere it is tied to is right where every operator then computes, for what is left, what it
+computed before; and where the cut values only ever leave through an axis that a weight contracts (`reads`), for a
+weight of zeros there is as good as none.  So whatever else looks along an axis freezes it.  Axes that a rule does not mention
+freeze too, and so does all around an operator without a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analysis.channel_ties import ONE, Axes, Ties
+from graphopt.analysis.constants import Unknown, is_constant, parameter
+from graphopt.edit import label
+from graphopt.ops import BROADCASTING, REDUCTIONS, UNARY
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+class Place:
+    """One node, and the axes of what it reads and makes.
+
+    Attributes:
+        node: of the standard domain or one that a table knows.
+        ties: collects what its rule says.
+        opset: of the graph.
+        fixed: ids of variables that are computed from constants alone.
+        normalization: whether axes under a norm may be cut all the same.
+    """
+
+    def __init__(self, node: gs.Node, ties: Ties, opset: int, fixed: set[int], *, normalization: bool = False) -> None:
+        self.node = node
+        self.ties = ties
+        self.opset = opset
+        self.fixed = fixed
+        self.normalization = normalization
+        self.name = f"{node.op} '{label(node)}'"
+
+    def has(self, port: int) -> bool:
+        """Tell whether an input is given."""
+        return port < len(self.node.inputs) and not self.node.inputs[port].is_empty()
+
+    def into(self, port: int = 0) -> Axes | None:
+        """Return the axes of an input, None where it is left out or its rank is unknown."""
+        return self.ties.of(self.node.inputs[port], self.node, port) if self.has(port) else None
+
+    def out(self, port: int = 0) -> Axes | None:
+        """Return the axes of an output."""
+        if port >= len(self.node.outputs) or self.node.outputs[port].is_empty():
+            return None
+        return self.ties.of(self.node.outputs[port], self.node, port)
+
+    def tensors(self) -> list[Axes | None]:
+        """Return the axes of everything that is read or made."""
+        inputs = [self.into(port) for port in range(len(self.node.inputs)) if self.has(port)]
+        return [*inputs, *(self.out(port) for port, t in enumerate(self.node.outputs) if not t.is_empty())]
+
+    def weight(self, port: int) -> bool:
+        """Tell whether an input is constant or computed from constants alone."""
+        tensor = self.node.inputs[port]
+        return is_constant(tensor) or id(tensor) in self.fixed
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """Return an attribute."""
+        return self.node.attrs.get(name, default)
+
+    def freeze(self, why: str) -> None:
+        """Freeze everything around the node."""
+        for axes in self.tensors():
+            self.ties.freeze_all(axes, why)
+
+
+Rule: TypeAlias = Callable[[Place], None]
+
+
+def letters(place: Place, inputs: Mapping[int, str], outputs: Sequence[str], biases: Sequence[int] = ()) -> None:
+    """Tie axes of equal letters; a letter that no output has is contracted; a dot is no letter.
+
+    Args:
+        place: the node.
+        inputs: port -> a letter for each axis.
+        outputs: the same of each output.
+        biases: ports that are only added.
+    """
+    inside: dict[str, list[tuple[int, int]]] = {}
+    outside: dict[str, list[int]] = {}
+    for port, text in inputs.items():
+        for letter, axis in zip(text, place.into(port) or (), strict=True):
+            inside.setdefault(letter, []).append((port, axis))
+    for port, text in enumerate(outputs):
+        for letter, axis in zip(text, place.out(port) or (), strict=True):
+            outside.setdefault(letter, []).append(axis)
+    for port, text in inputs.items():
+        for letter, axis in zip(text, place.into(port) or (), strict=True):
+            if letter == "." and place.weight(port):
+                place.ties.freeze(axis, f"it is the kernel of {place.name}")
+    for letter in sorted({*inside, *outside} - {"."}):
+        _tie_all(place, [*(axis for _, axis in inside.get(letter, [])), *outside.get(letter, [])])
+        if letter not in outside:
+            _contract(place, inside[letter])
+            continue
+        for port, axis in inside.get(letter, []):
+            if port not in biases and place.weight(port):
+                place.ties.role(axis, "makes")
+
+
+def _tie_all(place: Place, axes: Sequence[int]) -> None:
+    """Tie axes of one letter; one of size 1 broadcasts."""
+    first = max(axes)
+    for axis in axes:
+        if axis != first:
+            place.ties.tie(first, axis, f"{place.name} has two sizes along it")
+    place.ties.touched.add(first)
+
+
+def _contract(place: Place, found: Sequence[tuple[int, int]]) -> None:
+    """Note the weight that reads an axis; an axis with none stays."""
+    weights = [axis for port, axis in found if place.weight(port)]
+    if len(found) == 2 and len(weights) == 1:
+        place.ties.role(weights[0], "reads")
+        return
+    what = "contracts it between two computed tensors" if len(found) > 1 and not weights else "sums over it"
+    for _, axis in found:
+        place.ties.freeze(axis, f"{place.name} {what}")
+
+
+def conv(place: Place) -> None:
+    """X nc.. W oc.. B o -> Y no..; groups as an implicit reshape to (group, channel)."""
+    x, weight, y = place.into(0), place.into(1), place.out(0)
+    if x is None or weight is None or y is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    group, rest = int(place.attr("group", 1)), "." * (len(x) - 2)
+    shape = place.ties.shapes.proved(place.node.inputs[1]).shape or ()
+    if group == 1:
+        letters(place, {0: "nc" + rest, 1: "oc" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+        return
+    letters(place, {0: "n." + rest, 1: "o." + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+    made, width = shape[:2]
+    if not isinstance(made, int) or not isinstance(width, int):
+        place.freeze(f"the weight of {place.name} has no fixed shape")
+        return
+    _groups(place, x[1], (weight[1], width), weight[0], (None, made // group), group)
+    place.ties.role(weight[1], "reads")
+
+
+def conv_transpose(place: Place) -> None:
+    """X nc.. W co.. B o -> Y no..; groups as an implicit reshape to (group, channel)."""
+    x, weight, y = place.into(0), place.into(1), place.out(0)
+    if x is None or weight is None or y is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    group, rest = int(place.attr("group", 1)), "." * (len(x) - 2)
+    shape = place.ties.shapes.proved(place.node.inputs[1]).shape or ()
+    if group == 1:
+        letters(place, {0: "nc" + rest, 1: "co" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+        return
+    letters(place, {0: "n." + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+    read, width = shape[:2]
+    if not isinstance(read, int) or not isinstance(width, int):
+        place.freeze(f"the weight of {place.name} has no fixed shape")
+        return
+    place.ties.tie(x[1], weight[0], f"{place.name} has two sizes along it")
+    _groups(place, weight[0], (None, read // group), y[1], (weight[1], width), group)
+    place.ties.role(weight[0], "makes" if read == group else "reads")
+    place.ties.role(weight[1], "makes")
+
+
+def _bias(place: Place) -> dict[int, str]:
+    return {2: "o"} if place.has(2) else {}
+
+
+def _groups(
+    place: Place, read: int, inner: tuple[int | None, int], made: int, outer: tuple[int | None, int], group: int
+) -> None:
+    """Tie the channels that a grouped layer reads and makes, both (group, channel), through the group.
+
+    Args:
+        place: the node.
+        read: axis of the channels that it reads.
+        inner: axis of the weight for those of one group, None where there is none, and its size.
+        made: axis of the channels that it makes.
+        outer: as `inner`, for those.
+        group: number of groups.
+    """
+    shared = place.ties.virtual(group)
+    place.ties.tag(shared, "groups")
+    for fine, (axis, size) in ((read, inner), (made, outer)):
+        if fine == ONE:
+            continue
+        inside = place.ties.virtual(size) if axis is None else axis
+        at = np.arange(group * size)
+        if fine < 0 or place.ties.axes[fine].size != len(at):
+            place.freeze(f"{place.name} has two sizes along its channels")
+            return
+        place.ties.merge(fine, [(shared, at // size), (inside, at % size)], f"{place.name} has groups of channels")
+
+
+def gemm(place: Place) -> None:
+    """A mk B kn -> Y mn, C is added."""
+    a = "km" if place.attr("transA", 0) else "mk"
+    b = "nk" if place.attr("transB", 0) else "kn"
+    letters(place, {0: a, 1: b}, ["mn"])
+    if place.has(2):
+        broadcast(place, [2])
+
+
+def matmul(place: Place) -> None:
+    """A …mk B …kn -> Y …mn, the axes before right-aligned; vectors have k alone."""
+    a, b, y = place.into(0), place.into(1), place.out(0)
+    if a is None or b is None or y is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    matrix = "" + ("m" if len(a) > 1 else "") + ("n" if len(b) > 1 else "")
+    batch = len(y) - len(matrix)
+    names = [chr(0x100 + i) for i in range(batch)]
+    texts = ["mk" if len(a) > 1 else "k", "kn" if len(b) > 1 else "k"]
+    found = ["".join(names[batch - (len(axes) - len(text)) :]) + text for axes, text in zip((a, b), texts, strict=True)]
+    letters(place, {0: found[0], 1: found[1]}, ["".join(names) + matrix])
+    if not place.weight(0) and not place.weight(1):
+        for axis in y[:batch]:
+            place.ties.tag(axis, "heads")
+
+
+def broadcast(place: Place, ports: Sequence[int]) -> None:
+    """Tie inputs to the output, right-aligned; size 1 broadcasts."""
+    out = place.out(0)
+    found = [place.into(port) for port in ports]
+    if out is None or any(axes is None for axes in found):
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    for axes in found:
+        for place_back, axis in enumerate(reversed(axes or ()), 1):
+            if place_back <= len(out):
+                place.ties.tie(axis, out[-place_back], f"{place.name} broadcasts along it")
+    for axis in out:
+        place.ties.touched.add(axis)
+
+
+def elementwise(place: Place) -> None:
+    """Right-aligned over all inputs."""
+    broadcast(place, [port for port in range(len(place.node.inputs)) if place.has(port)])
+
+
+def pointwise(place: Place) -> None:
+    """Aligned with input 0; further inputs are parameters."""
+    broadcast(place, [0])
+
+
+def aligned(place: Place, mixed: Mapping[int, str], parameters: Mapping[int, int] | None = None) -> None:
+    """Tie the axes of the first input to those of the output, but for those that are mixed.
+
+    Args:
+        place: the node.
+        mixed: axis -> what the node does along it.
+        parameters: port -> the axis of the first input that it belongs to.
+    """
+    x = place.into(0)
+    if x is None or place.out(0) is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    for port in range(len(place.node.outputs)):
+        for at, axis in enumerate(place.out(port) or ()):
+            if at not in mixed and at < len(x):
+                place.ties.tie(x[at], axis, f"{place.name} has two sizes along it")
+    for at, why in mixed.items():
+        for axes in (x, *(place.out(port) for port in range(len(place.node.outputs)))):
+            if axes is not None and at < len(axes):
+                place.ties.freeze(axes[at], f"{place.name} {why}")
+    for port, at in (parameters or {}).items():
+        for axis in place.into(port) or ():
+            place.ties.tie(x[at], axis, f"{place.name} has two sizes along it")
+
+
+def spatial(place: Place, why: str) -> dict[int, str]:
+    """Return the axes from 2 on as mixed."""
+    return dict.fromkeys(range(2, len(place.into(0) or ())), why)
+
+
+def pool(place: Place) -> None:
+    """Each channel of its own elements alone."""
+    aligned(place, spatial(place, "pools over it"))
+
+
+def batch_norm(place: Place) -> None:
+    """Scale, bias, mean and variance along axis 1."""
+    if place.attr("training_mode", 0) or len([t for t in place.node.outputs if not t.is_empty()]) > 1:
+        place.freeze(f"{place.name} is in training mode")
+        return
+    aligned(place, {}, dict.fromkeys(range(1, 5), 1))
+
+
+def instance_norm(place: Place) -> None:
+    """Statistics of each channel of its own."""
+    aligned(place, spatial(place, "takes statistics over it"), {1: 1, 2: 1})
+
+
+def group_norm(place: Place) -> None:
+    """Statistics of whole groups of channels: only whole groups may go."""
+    x = place.into(0)
+    group = int(place.attr("num_groups", 1))
+    if x is None or len(x) < 2 or x[1] < 0 or group == 1 or place.ties.axes[x[1]].size % group:
+        aligned(place, {**spatial(place, "takes statistics over it"), 1: "takes statistics over all channels"})
+        place.freeze(f"{place.name} takes statistics over all channels")
+        return
+    size = place.ties.axes[x[1]].size // group
+    shared = place.ties.virtual(group)
+    place.ties.tag(shared, "groups")
+    aligned(place, spatial(place, "takes statistics over it"))
+    place.ties.merge(x[1], [(shared, np.arange(group * size) // size)], place.name)
+    for port in (1, 2):
+        for axis in place.into(port) or ():
+            per_group = axis >= 0 and place.ties.axes[axis].size == group
+            place.ties.tie(shared if per_group else x[1], axis, f"{place.name} has two sizes along it")
+
+
+def mixes(attribute: str, default: int, why: str) -> Rule:
+    """Return the rule of an operator that works along one axis, given as an attribute."""
+
+    def rule(place: Place) -> None:
+        rank = len(place.into(0) or ())
+        aligned(place, {int(place.attr(attribute, default)) % max(rank, 1): why})
+
+    return rule
+
+
+def softmax(place: Place) -> None:
+    """Along its axis; along all from its axis on before opset 13."""
+    rank = len(place.into(0) or ())
+    axis = int(place.attr("axis", -1 if place.opset >= 13 else 1)) % max(rank, 1)
+    last = axis + 1 if place.opset >= 13 else rank
+    aligned(place, dict.fromkeys(range(axis, last), "mixes what lies along it"))
+
+
+def layer_norm(place: Place) -> None:
+    """Statistics over all axes from `axis` on; scale and bias lie there."""
+    x = place.into(0)
+    if x is None or place.out(0) is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    axis = int(place.attr("axis", -1)) % len(x)
+    why = "takes statistics over it"
+    if not place.normalization:
+        aligned(place, dict.fromkeys(range(axis, len(x)), why))
+        return
+    for at, one in enumerate(place.out(0) or ()):
+        place.ties.tie(x[at], one, place.name)
+    for at in range(axis, len(x)):
+        if x[at] >= 0:
+            place.ties.inexact.setdefault(x[at], f"{place.name} {why}")
+    broadcast(place, [port for port in (0, 1, 2) if place.has(port)])
+
+
+def reduction(place: Place) -> None:
+    """The axes that are left go on; with `keepdims` at their place."""
+    x, out = place.into(0), place.out(0)
+    given = parameter(place.node, "axes", place.opset)
+    if x is None or out is None or isinstance(given, Unknown):
+        place.freeze(f"{place.name} reduces axes that are not known")
+        return
+    reduced = {int(a) % len(x) for a in given.reshape(-1)} if given is not None else set()
+    if not reduced and not place.attr("noop_with_empty_axes", 0):
+        reduced = set(range(len(x)))
+    _reduce(place, x, out, reduced, "works over it")
+
+
+def arg(place: Place) -> None:
+    """ArgMax and ArgMin: one axis."""
+    x, out = place.into(0), place.out(0)
+    if x is None or out is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    _reduce(place, x, out, {int(place.attr("axis", 0)) % len(x)}, "picks one along it")
+
+
+def _reduce(place: Place, x: Axes, out: Axes, reduced: set[int], why: str) -> None:
+    kept = [at for at in range(len(x)) if at not in reduced]
+    targets = kept if place.attr("keepdims", 1) else range(len(kept))
+    for at, to in zip(kept, targets, strict=True):
+        place.ties.tie(x[at], out[to], f"{place.name} has two sizes along it")
+    for at in reduced:
+        place.ties.freeze(x[at], f"{place.name} {why}")
+
+
+def resize(place: Place) -> None:
+    """Axes that keep their size go on."""
+    x, out = place.into(0), place.out(0)
+    if x is None or out is None or place.attr("coordinate_transformation_mode") == b"tf_crop_and_resize":
+        place.freeze(f"{place.name} changes sizes that are not known")
+        return
+    sizes = [place.ties.shapes.proved(t).shape or () for t in (place.node.inputs[0], place.node.outputs[0])]
+    changed = {at: "resizes it" for at, (a, b) in enumerate(zip(*sizes, strict=True)) if a != b}
+    aligned(place, changed)
+
+
+def gather(place: Place) -> None:
+    """Rows picked by computed indices: the other axes go on, those of the indices stand in the axis' place."""
+    x, at, out = place.into(0), place.into(1), place.out(0)
+    if x is None or at is None or out is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    axis = int(place.attr("axis", 0)) % len(x)
+    for i, one in enumerate(x):
+        if i == axis:
+            place.ties.freeze(one, f"{place.name} picks along it by computed indices")
+            continue
+        place.ties.tie(one, out[i if i < axis else i + len(at) - 1], f"{place.name} has two sizes along it")
+        if place.weight(0):
+            place.ties.role(one, "makes")
+    for i, one in enumerate(at):
+        place.ties.tie(one, out[axis + i], f"{place.name} has two sizes along it")
+
+
+def coded(place: Place) -> None:
+    """QuantizeLinear, DequantizeLinear: elementwise; scale and zero point along one axis or for all."""
+    x = place.into(0)
+    scale = place.into(1)
+    if x is None or scale is None or place.attr("block_size", 0) or len(scale) > 1:
+        place.freeze(f"{place.name} has scales for blocks")
+        return
+    axis = int(place.attr("axis", 1)) % max(len(x), 1)
+    aligned(place, {}, {port: axis for port in (1, 2) if place.has(port) and place.into(port)})
+
+
+def free(place: Place) -> None:
+    """Its output depends on no channel: whatever it is tied to behind may be cut there."""
+    for axis in place.out(0) or ():
+        place.ties.touched.add(axis)
+
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(UNARY, pointwise),
+    **dict.fromkeys(BROADCASTING, elementwise),
+    **dict.fromkeys(REDUCTIONS, reduction),
+    **dict.fromkeys(("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"), pool),
+    "Conv": conv,
+    "ConvTranspose": conv_transpose,
+    "Gemm": gemm,
+    "MatMul": matmul,
+    "BatchNormalization": batch_norm,
+    "InstanceNormalization": instance_norm,
+    "GroupNormalization": group_norm,
+    "LayerNormalization": layer_norm,
+    "RMSNormalization": layer_norm,
+    "LpNormalization": mixes("axis", -1, "takes a norm over it"),
+    "Softmax": softmax,
+    "LogSoftmax": softmax,
+    "Hardmax": softmax,
+    "LRN": lambda place: aligned(place, {1: "takes a norm over its neighbours"}),
+    "CumSum": lambda place: aligned(place, dict.fromkeys(range(len(place.into(0) or ())), "sums along an axis")),
+    "TopK": mixes("axis", -1, "sorts along it"),
+    "ArgMax": arg,
+    "ArgMin": arg,
+    "Resize": resize,
+    "Upsample": resize,
+    "Expand": pointwise,
+    "Gather": gather,
+    "QuantizeLinear": coded,
+    "DequantizeLinear": coded,
+    "Constant": free,
+}
+"""Operator -> what it says about its axes; data movement is not here: it is tried out."""
+
+
+def apply_rule(place: Place, rule: Rule | None, why: str = "") -> None:
+    """Run the rule of a node, then freeze what it has not mentioned, for a reason."""
+    ties = place.ties
+    unknown = [t for t in place.tensors() if t is None]
+    ties.touched.clear()
+    if rule is None:
+        place.freeze(f"no rule for {place.name}")
+    elif unknown:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+    else:
+        rule(place)
+    for axes in place.tensors():
+        for at, axis in enumerate(axes or ()):
+            if axis >= 0 and axis not in ties.touched:
+                ties.freeze(axis, f"{place.name} {why or f'works along axis {at}'}")

@@ -22,8 +22,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analysis.channel_place import Place, apply_rule
 from graphopt.analysis.channel_probe import probe
-from graphopt.analysis.channel_rules import RULES, Place, apply_rule
+from graphopt.analysis.channel_rules import RULES
 from graphopt.analysis.channel_ties import Role, Ties
 from graphopt.analysis.channel_units import Solver, Units
 from graphopt.analysis.constants import is_constant

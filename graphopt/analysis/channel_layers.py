@@ -1,0 +1,162 @@
+"""Layers in letters: equal letters go together, a letter that no output has is contracted by the weight that reads it.
+
+Conv  X nc..  W oc..  B o -> Y no..        MatMul  A …mk  B …kn -> Y …mn        Gemm  A mk  B kn -> Y mn
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from graphopt.analysis.channel_place import Place, broadcast
+from graphopt.analysis.channel_ties import ONE
+
+
+def letters(place: Place, inputs: Mapping[int, str], outputs: Sequence[str], biases: Sequence[int] = ()) -> None:
+    """Tie axes of equal letters; a letter that no output has is contracted; a dot is no letter.
+
+    Args:
+        place: the node.
+        inputs: port -> a letter for each axis.
+        outputs: the same of each output.
+        biases: ports that are only added.
+    """
+    inside: dict[str, list[tuple[int, int]]] = {}
+    outside: dict[str, list[int]] = {}
+    for port, text in inputs.items():
+        for letter, axis in zip(text, place.into(port) or (), strict=True):
+            inside.setdefault(letter, []).append((port, axis))
+    for port, text in enumerate(outputs):
+        for letter, axis in zip(text, place.out(port) or (), strict=True):
+            outside.setdefault(letter, []).append(axis)
+    for port, text in inputs.items():
+        for letter, axis in zip(text, place.into(port) or (), strict=True):
+            if letter == "." and place.weight(port):
+                place.ties.freeze(axis, f"it is the kernel of {place.name}")
+    for letter in sorted({*inside, *outside} - {"."}):
+        _tie_all(place, [*(axis for _, axis in inside.get(letter, [])), *outside.get(letter, [])])
+        if letter not in outside:
+            _contract(place, inside[letter])
+            continue
+        for port, axis in inside.get(letter, []):
+            if port not in biases and place.weight(port):
+                place.ties.role(axis, "makes")
+
+
+def _tie_all(place: Place, axes: Sequence[int]) -> None:
+    """Tie axes of one letter; one of size 1 broadcasts."""
+    first = max(axes)
+    for axis in axes:
+        if axis != first:
+            place.ties.tie(first, axis, f"{place.name} has two sizes along it")
+    place.ties.touched.add(first)
+
+
+def _contract(place: Place, found: Sequence[tuple[int, int]]) -> None:
+    """Note the weight that reads an axis; an axis with none stays."""
+    weights = [axis for port, axis in found if place.weight(port)]
+    if len(found) == 2 and len(weights) == 1:
+        place.ties.role(weights[0], "reads")
+        return
+    what = "contracts it between two computed tensors" if len(found) > 1 and not weights else "sums over it"
+    for _, axis in found:
+        place.ties.freeze(axis, f"{place.name} {what}")
+
+
+def conv(place: Place) -> None:
+    """X nc.. W oc.. B o -> Y no..; groups as an implicit reshape to (group, channel)."""
+    x, weight, y = place.into(0), place.into(1), place.out(0)
+    if x is None or weight is None or y is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    group, rest = int(place.attr("group", 1)), "." * (len(x) - 2)
+    shape = place.ties.shapes.proved(place.node.inputs[1]).shape or ()
+    if group == 1:
+        letters(place, {0: "nc" + rest, 1: "oc" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+        return
+    letters(place, {0: "n." + rest, 1: "o." + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+    made, width = shape[:2]
+    if not isinstance(made, int) or not isinstance(width, int):
+        place.freeze(f"the weight of {place.name} has no fixed shape")
+        return
+    _groups(place, x[1], (weight[1], width), weight[0], (None, made // group), group)
+    place.ties.role(weight[1], "reads")
+
+
+def conv_transpose(place: Place) -> None:
+    """X nc.. W co.. B o -> Y no..; groups as an implicit reshape to (group, channel)."""
+    x, weight, y = place.into(0), place.into(1), place.out(0)
+    if x is None or weight is None or y is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    group, rest = int(place.attr("group", 1)), "." * (len(x) - 2)
+    shape = place.ties.shapes.proved(place.node.inputs[1]).shape or ()
+    if group == 1:
+        letters(place, {0: "nc" + rest, 1: "co" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+        return
+    letters(place, {0: "n." + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+    read, width = shape[:2]
+    if not isinstance(read, int) or not isinstance(width, int):
+        place.freeze(f"the weight of {place.name} has no fixed shape")
+        return
+    place.ties.tie(x[1], weight[0], f"{place.name} has two sizes along it")
+    _groups(place, weight[0], (None, read // group), y[1], (weight[1], width), group)
+    place.ties.role(weight[0], "makes" if read == group else "reads")
+    place.ties.role(weight[1], "makes")
+
+
+def _bias(place: Place) -> dict[int, str]:
+    return {2: "o"} if place.has(2) else {}
+
+
+def _groups(
+    place: Place, read: int, inner: tuple[int | None, int], made: int, outer: tuple[int | None, int], group: int
+) -> None:
+    """Tie the channels that a grouped layer reads and makes, both (group, channel), through the group.
+
+    Args:
+        place: the node.
+        read: axis of the channels that it reads.
+        inner: axis of the weight for those of one group, None where there is none, and its size.
+        made: axis of the channels that it makes.
+        outer: as `inner`, for those.
+        group: number of groups.
+    """
+    shared = place.ties.virtual(group)
+    place.ties.tag(shared, "groups")
+    for fine, (axis, size) in ((read, inner), (made, outer)):
+        if fine == ONE:
+            continue
+        inside = place.ties.virtual(size) if axis is None else axis
+        at = np.arange(group * size)
+        if fine < 0 or place.ties.axes[fine].size != len(at):
+            place.freeze(f"{place.name} has two sizes along its channels")
+            return
+        place.ties.merge(fine, [(shared, at // size), (inside, at % size)], f"{place.name} has groups of channels")
+
+
+def gemm(place: Place) -> None:
+    """A mk B kn -> Y mn, C is added."""
+    a = "km" if place.attr("transA", 0) else "mk"
+    b = "nk" if place.attr("transB", 0) else "kn"
+    letters(place, {0: a, 1: b}, ["mn"])
+    if place.has(2):
+        broadcast(place, [2])
+
+
+def matmul(place: Place) -> None:
+    """A …mk B …kn -> Y …mn, the axes before right-aligned; vectors have k alone."""
+    a, b, y = place.into(0), place.into(1), place.out(0)
+    if a is None or b is None or y is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return
+    matrix = "" + ("m" if len(a) > 1 else "") + ("n" if len(b) > 1 else "")
+    batch = len(y) - len(matrix)
+    names = [chr(0x100 + i) for i in range(batch)]
+    texts = ["mk" if len(a) > 1 else "k", "kn" if len(b) > 1 else "k"]
+    found = ["".join(names[batch - (len(axes) - len(text)) :]) + text for axes, text in zip((a, b), texts, strict=True)]
+    letters(place, {0: found[0], 1: found[1]}, ["".join(names) + matrix])
+    if not place.weight(0) and not place.weight(1):
+        for axis in y[:batch]:
+            place.ties.tag(axis, "heads")

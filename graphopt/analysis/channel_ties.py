@@ -162,7 +162,8 @@ class Ties:
                 self.freeze(axis, why)
         elif len(chosen) == 1:
             axis, at = chosen[0]
-            self.tie_at(fine, np.arange(len(at)), axis, at)
+            held = np.flatnonzero(at >= 0)
+            self.tie_at(fine, held, axis, at[held])
         else:
             self.merges.append(Merge(fine, chosen, why))
 

@@ -30,8 +30,8 @@ RIDGES: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FIRST = 3
 """Of `RIDGES`, the one that is tried first; from there on downhill."""
 
-EXACT = 1e-10
-"""Part of the target's variance up to which an error is rounding: such a layer is left."""
+EXACT = 1e-6
+"""Part of the target's variance up to which an error is rounding, in sums of float32 products: such a layer is left."""
 
 BATCHED = 64
 """Width of a group up to which all groups are solved at once."""

@@ -14,7 +14,9 @@ from graphopt.analysis.channel_ties import ONE
 
 
 def letters(place: Place, inputs: Mapping[int, str], outputs: Sequence[str], biases: Sequence[int] = ()) -> None:
-    """Tie axes of equal letters; a letter that no output has is contracted; a dot is no letter.
+    """Tie axes of equal letters; a letter that no output has is contracted.
+
+    A dot is no letter, and neither is a dash: something else is said about that axis.
 
     Args:
         place: the node.
@@ -34,7 +36,7 @@ def letters(place: Place, inputs: Mapping[int, str], outputs: Sequence[str], bia
         for letter, axis in zip(text, place.into(port) or (), strict=True):
             if letter == "." and place.weight(port):
                 place.ties.freeze(axis, f"it is the kernel of {place.name}")
-    for letter in sorted({*inside, *outside} - {"."}):
+    for letter in sorted({*inside, *outside} - {".", "_"}):
         _tie_all(place, [*(axis for _, axis in inside.get(letter, [])), *outside.get(letter, [])])
         if letter not in outside:
             _contract(place, inside[letter])
@@ -75,7 +77,7 @@ def conv(place: Place) -> None:
     if group == 1:
         letters(place, {0: "nc" + rest, 1: "oc" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
         return
-    letters(place, {0: "n." + rest, 1: "o." + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+    letters(place, {0: "n_" + rest, 1: "o_" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
     made, width = shape[:2]
     if not isinstance(made, int) or not isinstance(width, int):
         place.freeze(f"the weight of {place.name} has no fixed shape")
@@ -95,7 +97,7 @@ def conv_transpose(place: Place) -> None:
     if group == 1:
         letters(place, {0: "nc" + rest, 1: "co" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
         return
-    letters(place, {0: "n." + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+    letters(place, {0: "n_" + rest, 1: "__" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
     read, width = shape[:2]
     if not isinstance(read, int) or not isinstance(width, int):
         place.freeze(f"the weight of {place.name} has no fixed shape")
@@ -124,7 +126,8 @@ def _groups(
         group: number of groups.
     """
     shared = place.ties.virtual(group)
-    place.ties.tag(shared, "groups")
+    if inner[1] > 1 or outer[1] > 1:
+        place.ties.tag(shared, "groups")
     for fine, (axis, size) in ((read, inner), (made, outer)):
         if fine == ONE:
             continue
@@ -160,3 +163,17 @@ def matmul(place: Place) -> None:
     if not place.weight(0) and not place.weight(1):
         for axis in y[:batch]:
             place.ties.tag(axis, "heads")
+
+
+def einsum(place: Place) -> None:
+    """Letters as given; none for axes under an ellipsis."""
+    equation = place.attr("equation", "")
+    text = (equation.decode() if isinstance(equation, bytes) else str(equation)).replace(" ", "")
+    left, arrow, right = text.partition("->")
+    terms = left.split(",")
+    if "." in text or any(len(set(term)) < len(term) for term in terms) or len(terms) != len(place.node.inputs):
+        place.freeze(f"{place.name} has an ellipsis or a diagonal")
+        return
+    if not arrow:
+        right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
+    letters(place, dict(enumerate(terms)), [right])

@@ -13,12 +13,13 @@ mention freeze too, and so does all around an operator without a rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from graphopt.analysis.channel_layers import conv, conv_transpose, gemm, matmul
+from graphopt.analysis.channel_layers import conv, conv_transpose, einsum, gemm, matmul
 from graphopt.analysis.channel_place import Place, Rule, broadcast
+from graphopt.analysis.channel_recurrent import RECURRENT, recurrent
 from graphopt.analysis.channel_ties import Axes
 from graphopt.analysis.constants import Unknown, parameter
 from graphopt.ops import BROADCASTING, REDUCTIONS, UNARY
@@ -129,6 +130,8 @@ def layer_norm(place: Place) -> None:
     why = "takes statistics over it"
     if not place.normalization:
         aligned(place, dict.fromkeys(range(axis, len(x)), why))
+        for port in (1, 2):
+            place.ties.freeze_all(place.into(port), f"{place.name} {why}")
         return
     for at, one in enumerate(place.out(0) or ()):
         place.ties.tie(x[at], one, place.name)
@@ -178,6 +181,7 @@ def resize(place: Place) -> None:
     sizes = [place.ties.shapes.proved(t).shape or () for t in (place.node.inputs[0], place.node.outputs[0])]
     changed = {at: "resizes it" for at, (a, b) in enumerate(zip(*sizes, strict=True)) if a != b}
     aligned(place, changed)
+    ignore(place, range(1, len(place.node.inputs)))
 
 
 def gather(place: Place) -> None:
@@ -209,10 +213,16 @@ def coded(place: Place) -> None:
     aligned(place, {}, {port: axis for port in (1, 2) if place.has(port) and place.into(port)})
 
 
+def ignore(place: Place, ports: Iterable[int]) -> None:
+    """Leave inputs that are parameters alone."""
+    for port in ports:
+        place.ties.touched.update(place.into(port) or ())
+
+
 def free(place: Place) -> None:
-    """Its output depends on no channel: whatever it is tied to behind may be cut there."""
-    for axis in place.out(0) or ():
-        place.ties.touched.add(axis)
+    """Nothing of its inputs' values is in its outputs: no axis ties another (Shape tells the new size after a cut)."""
+    for axes in place.tensors():
+        place.ties.touched.update(axes or ())
 
 
 RULES: Mapping[str, Rule] = {
@@ -224,6 +234,8 @@ RULES: Mapping[str, Rule] = {
     "ConvTranspose": conv_transpose,
     "Gemm": gemm,
     "MatMul": matmul,
+    "Einsum": einsum,
+    **dict.fromkeys(RECURRENT, recurrent),
     "BatchNormalization": batch_norm,
     "InstanceNormalization": instance_norm,
     "GroupNormalization": group_norm,
@@ -245,5 +257,7 @@ RULES: Mapping[str, Rule] = {
     "QuantizeLinear": coded,
     "DequantizeLinear": coded,
     "Constant": free,
+    "Shape": free,
+    "Size": free,
 }
 """Operator -> what it says about its axes; data movement is not here: it is tried out."""

@@ -205,7 +205,8 @@ class _Listing:
         """Return the groups, the axes without one, and the size of all weights."""
         found = self._groups()
         prunable = {(id(s.node), s.port, s.axis) for g in found if not g.frozen for s in g.sites}
-        return Channels(found, self._frozen_axes(prunable), _parameters(model, self.ties))
+        stays = {(id(s.node), s.port, s.axis): g.frozen for g in found if g.frozen for s in g.sites}
+        return Channels(found, self._frozen_axes(prunable, stays), _parameters(model, self.ties))
 
     def _groups(self) -> list[Group]:
         kinds = np.repeat(np.arange(len(self.units.offset) - 1), np.diff(self.units.offset))
@@ -256,6 +257,8 @@ class _Listing:
         reasons = self.units.reason[numbers]
         if (reasons >= 0).any():
             return self.units.why[int(reasons[reasons >= 0].min())]
+        if len(numbers) == 1:
+            return "it is a single unit: all of it goes together"
         return "" if any(site.role == "reads" for site in sites) else "no layer reads it"
 
     def _site(self, number: int, units: Array) -> Site:
@@ -263,17 +266,20 @@ class _Listing:
         assert axis.tensor is not None  # virtual axes have no sites
         return Site(axis.tensor, axis.place, units, self.roles[number], axis.node, axis.port)
 
-    def _frozen_axes(self, prunable: set[tuple[int, int, int]]) -> list[FrozenAxis]:
+    def _frozen_axes(
+        self, prunable: set[tuple[int, int, int]], frozen: dict[tuple[int, int, int], str]
+    ) -> list[FrozenAxis]:
         found = []
         for number, axis in enumerate(self.ties.axes):
             if axis.tensor is None or axis.node is None or self.roles[number] == "carries":
                 continue
-            if (id(axis.node), axis.port, axis.place) in prunable or not is_float(axis.tensor.dtype):
+            key = id(axis.node), axis.port, axis.place
+            if key in prunable or not is_float(axis.tensor.dtype):
                 continue
             unit = self.units.unit[self.units.atoms(int(self.units.of_axis[number]))]
             reasons = self.units.reason[unit]
             stays = reasons[reasons >= 0]
-            why = self.units.why[int(stays.min())] if len(stays) else "no layer makes it, or none reads it"
+            why = self.units.why[int(stays.min())] if len(stays) else frozen.get(key, "no layer makes it")
             where = f"{label(axis.node)}:{axis.tensor.name}"
             found.append(FrozenAxis(where, axis.place, axis.size, why))
         return found

@@ -82,6 +82,7 @@ class Bound:
         metric: `file.py:function` or a function: `predict -> number or 1-D scores`, higher is better.
         max_drop: largest drop of the metric, in its units or as `"1%"` of the reference's; None: `MAX_DROP`.
         max_loss: expected fall of the accuracy by rows whose largest score is another (classes), see `output_quality`.
+        defaults: whether `DEFAULTS` are asked where nothing is named; without, the result is looked at and not judged.
 
     Raises:
         SpecError: a number is out of range, or there is a drop and no metric.
@@ -93,6 +94,7 @@ class Bound:
     metric: Metric | None = None
     max_drop: str | float | None = None
     max_loss: float | None = None
+    defaults: bool = True
 
     def __post_init__(self) -> None:
         for name, (low, high) in _IN_RANGE.items():
@@ -107,6 +109,11 @@ class Bound:
             Drop.parse(self.max_drop)
 
     @property
+    def named(self) -> bool:
+        """Whether anything was named."""
+        return self.names_numbers or self.metric is not None
+
+    @property
     def names_numbers(self) -> bool:
         """Whether a limit on outputs was named."""
         return any(getattr(self, name) is not None for name in _IN_RANGE)
@@ -115,7 +122,7 @@ class Bound:
         """Return what is asked of an output of this kind."""
         if self.names_numbers:
             return Limits(self.min_sqnr, self.min_cosine, self.min_agreement, self.max_loss)
-        return Limits() if self.metric is not None else DEFAULTS[kind]
+        return DEFAULTS[kind] if self.defaults and self.metric is None else Limits()
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict; a function stands there by its name."""

@@ -1,0 +1,176 @@
+"""The command `graphopt prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+
+from graphopt.arguments import load_plugins, shapes, thread_counts
+from graphopt.console import emit, working
+from graphopt.errors import SpecError
+from graphopt.options import (
+    AsJson,
+    Batch,
+    Contrib,
+    CustomOps,
+    DecisionsFile,
+    MaxDrop,
+    MaxLoss,
+    Metric,
+    MinAgreement,
+    MinCosine,
+    MinSqnr,
+    ModelPath,
+    Output,
+    Plugins,
+    Provider,
+    Seconds,
+    Seed,
+    Shape,
+    TimedThreads,
+    WriteDecisions,
+)
+
+Samples = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SAMPLES",
+        help="representative samples: .npz, folder of .npz, test_data_set folder, or file.py:function; half of them "
+        "choose and fit, the others judge",
+    ),
+]
+Names = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="groups (see --explain); may be repeated")]
+
+
+def prune(
+    model: ModelPath,
+    output: Output = None,
+    data: Samples = None,
+    ratio: Annotated[
+        float | None, typer.Option(metavar="X", help="part of each group's channels that goes; needs no samples")
+    ] = None,
+    target_macs: Annotated[float | None, typer.Option(metavar="X", help="part of the MACs that stays")] = None,
+    target_params: Annotated[float | None, typer.Option(metavar="X", help="part of the parameters that stays")] = None,
+    target_latency: Annotated[
+        float | None, typer.Option(metavar="X", help="part of the lossless model's measured time that stays")
+    ] = None,
+    drop_blocks: Annotated[int, typer.Option(metavar="N", help="residual blocks that go, the most idle first")] = 0,
+    evaluate: Metric = None,
+    max_drop: MaxDrop = None,
+    min_sqnr: MinSqnr = None,
+    min_cosine: MinCosine = None,
+    min_agreement: MinAgreement = None,
+    max_loss: MaxLoss = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="what channels are ranked by: random, l1, l2, bn-scale, activation, wanda, obs, taylor, gradient "
+            "[default: obs with samples and a target, else l2]",
+            show_default=False,
+        ),
+    ] = None,
+    scope: Annotated[
+        Literal["global", "local"] | None,
+        typer.Option(
+            help="rank all groups together, or take the same part of each [default: local for --ratio, else global]",
+            show_default=False,
+        ),
+    ] = None,
+    aggregate: Annotated[
+        str | None, typer.Option(help="how layers of one group come together: sum, mean, max, l2 [default: sum]")
+    ] = None,
+    reconstruct: Annotated[
+        Literal["least-squares", "bias", "none"] | None,
+        typer.Option(
+            help="how what remains is fitted to what was [default: least-squares with samples]", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="cut and fit in so many steps")] = 1,
+    schedule: Annotated[Literal["linear", "cubic"], typer.Option(help="how the cut grows over the steps")] = "cubic",
+    round_to: Annotated[
+        int, typer.Option(min=0, help="what is left of a group is a multiple of this; 0: what suits the target")
+    ] = 0,
+    least: Annotated[int, typer.Option(min=1, help="units that stay of each group at least")] = 1,
+    only: Names = None,
+    skip: Names = None,
+    normalization: Annotated[
+        bool, typer.Option("--normalization", help="cut axes that LayerNorm is over, too: its statistics change")
+    ] = False,
+    gradients: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="gradients of the task's loss, for taylor and gradient")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="list every group, and why what is frozen is frozen; cut nothing")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="time the result beside the lossless model")
+    ] = True,
+    provider: Provider = "cpu",
+    threads: TimedThreads = None,
+    contrib: Contrib = False,
+    budget: Seconds = 60.0,
+    decisions: DecisionsFile = None,
+    write_decisions: WriteDecisions = None,
+    shape: Shape = None,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    custom_ops: CustomOps = None,
+    everything: Annotated[bool, typer.Option("--all", help="every group in the table")] = False,
+    plugin: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cut channels, heads and blocks, and fit what remains to what the model computed before.
+
+    Say how much: a ratio or a target.  Without, the most is cut that keeps the bound on the accuracy (--eval, or a
+    limit on the outputs; by default what suits them).
+    """
+    from graphopt import destinations, pruner  # noqa: PLC0415  (heavy imports only when needed)
+    from graphopt.decisions import save_decisions  # noqa: PLC0415
+    from graphopt.model import load  # noqa: PLC0415
+    from graphopt.pruning_report import render  # noqa: PLC0415
+    from graphopt.quality import Bound  # noqa: PLC0415
+
+    files: dict[str, Path | str | None] = {
+        "MODEL": model, "--data": data, "--gradients": gradients, "--decisions": decisions, "--output": output,
+        "--write-decisions": write_decisions,
+    }  # fmt: skip
+    destinations.check(files, output, write_decisions)
+    load_plugins(plugin)
+    source = load(model, custom_ops=custom_ops or ())
+    amounts = {
+        "ratio": ratio, "target_macs": target_macs, "target_params": target_params, "target_latency": target_latency,
+    }  # fmt: skip
+    if explain:
+        asked = [f"--{name.replace('_', '-')}" for name, value in amounts.items() if value is not None]
+        asked += ["--output"] * (output is not None)
+        if asked:
+            raise SpecError("--explain cuts nothing", at=asked[0], hint=f"leave out {asked[0]} or --explain")
+        with working(f"looking at {model.name}", as_json):
+            report = pruner.explain(source, normalization=normalization, seed=seed)
+        emit(report.to_dict(), as_json, render(report, everything=everything))
+        return
+    if max_drop is not None and evaluate is None:
+        raise SpecError("--max-drop needs a metric", hint="--eval FILE.py:FUNCTION")
+    asked_for: dict[str, Any] = {
+        **amounts, "drop_blocks": drop_blocks, "criterion": criterion, "scope": scope, "aggregate": aggregate,
+        "reconstruct": reconstruct, "steps": steps, "schedule": schedule, "round_to": round_to, "least": least,
+        "only": tuple(only or ()), "skip": tuple(skip or ()), "normalization": normalization, "gradients": gradients,
+        "measure": measure,
+    }  # fmt: skip
+    with working(f"pruning {model.name}", as_json) as progress:
+        result = pruner.prune(
+            source, data=data, bound=Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss),
+            shapes=shapes(shape), batch=batch, threads=thread_counts(threads) or 1, provider=provider,
+            contrib=contrib, budget=budget, seed=seed, decisions=decisions, progress=progress, **asked_for,
+        )  # fmt: skip
+    if output is not None:
+        result.save(output)
+    if write_decisions is not None:
+        save_decisions(write_decisions, result.report.decisions or {})
+    document = {**result.report.to_dict(), "output": str(output) if output else None}
+    written = [f"wrote {output}" if output else "nothing written: give -o OUT"]
+    written += [f"wrote {write_decisions}"] if write_decisions else []
+    emit(document, as_json, render(result.report, everything=everything), *map(Text, written))

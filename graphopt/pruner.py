@@ -1,0 +1,406 @@
+"""`prune`: fewer channels, heads and blocks, the rest fitted again to what the model computed before.
+
+    canonical form → coupled groups → which units go → the cut, proved → least squares on samples → lowering
+    → accuracy on samples that chose nothing → time against the lossless model
+
+How much is cut is asked for (a ratio, MACs, parameters, measured latency), or is the most that a bound on the accuracy
+allows, found by bisection.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt import environment, spec
+from graphopt.analysis.channels import Channels, find_groups
+from graphopt.analysis.channels import Group as ChannelGroup
+from graphopt.analysis.cost import costs
+from graphopt.analysis.shapes import Shapes as TensorShapes
+from graphopt.data import Spec
+from graphopt.decisions import Decisions
+from graphopt.edit import order_constants
+from graphopt.errors import DataError, GateMissedError, SpecError
+from graphopt.gradients import read_gradients
+from graphopt.judge import Comparison, Progress
+from graphopt.lossy import BUDGET, Given, LossyTask, faster, in_words
+from graphopt.lossy_report import Tried
+from graphopt.model import Model, Source
+from graphopt.names import matches
+from graphopt.optimizer import Shapes, thread_counts
+from graphopt.pipeline import Pipeline, Result, context_of, size_of
+from graphopt.prune_latency import LatencySearch, Subject
+from graphopt.prune_request import MOST, PruneRequest, Recipe
+from graphopt.pruning_report import GroupRow, PruningReport
+from graphopt.quality import Bound, Quality
+from graphopt.runtime import evaluate
+
+CLOSE = 0.02
+"""Bisection ends when what is known to keep the bound and what is known to miss it lie so near each other."""
+
+
+@dataclass
+class Pruned:
+    """A finished run: the model, and what was done to it."""
+
+    model: Model
+    report: PruningReport
+
+    def save(self, path: str | Path) -> None:
+        """Write the model atomically.
+
+        Raises:
+            ModelError: it cannot be written; what was there is unchanged.
+        """
+        self.model.save(path)
+
+
+@dataclass
+class Cut:
+    """A model that was built.
+
+    Attributes:
+        model: lowered.
+        steps: the passes that made it from the canonical model.
+        rows: what became of each group.
+        notes: of the passes.
+        changed: whether anything was cut.
+        quality: None where there is nothing to judge on.
+    """
+
+    model: Model
+    steps: tuple[spec.Step, ...]
+    rows: list[GroupRow]
+    blocks: list[str]
+    notes: list[str]
+    changed: bool
+    quality: Quality | None = None
+
+
+def prune(
+    model: Source,
+    *,
+    data: Spec = None,
+    bound: Bound | None = None,
+    shapes: Shapes | None = None,
+    batch: int = 1,
+    threads: int | Sequence[int] | None = 1,
+    provider: str = "cpu",
+    contrib: bool = False,
+    budget: float = BUDGET,
+    seed: int = 0,
+    decisions: Decisions | str | Path | None = None,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> Pruned:
+    """Return a smaller model.
+
+    Args:
+        model: a path, `Model` or `ModelProto`; left untouched.
+        data: representative samples as in `load_samples`; half of them choose and fit, the others judge.
+        bound: what it may cost; without a target the most is cut that keeps it (`Bound()`: what suits the outputs).
+        shapes: shapes of inputs by name, for random feeds where there are no samples.
+        batch: how many rows of `.npz` samples make a feed.
+        threads: ORT's intra-op threads to time with; several are all timed.
+        provider: where the result will run.
+        contrib: whether operators of ORT's own domains may be used.
+        budget: seconds that timing may take, about.
+        seed: for everything random.
+        decisions: of an earlier run (a file, or `Decisions`): do the same again, without measuring.
+        progress: takes short sentences about what is going on.
+        asked: how much is cut, and how: the attributes of `PruneRequest`.
+
+    Raises:
+        GraphoptError: the model, samples or options are not usable, or options contradict each other.
+        GateMissedError: a target or bound cannot be reached; the message says what can.
+    """
+    started = time.perf_counter()
+    request = PruneRequest(
+        bound=bound or Bound(), provider=provider, contrib=contrib, budget=budget, seed=seed,
+        threads=thread_counts(threads), **asked,
+    )  # fmt: skip
+    if request.goal != "bound" and not request.bound.named:
+        request = replace(request, bound=Bound(defaults=False))  # so much is cut as was asked for, whatever it costs
+    given = Given.load(model, data, batch=batch, seed=seed, shapes=shapes)
+    task = _Task(given, request, progress)
+    result = task.replayed(decisions) if decisions is not None else task.run()
+    result.report.environment = environment.describe()
+    result.report.seconds = time.perf_counter() - started
+    return result
+
+
+def explain(model: Source, *, normalization: bool = False, seed: int = 0) -> PruningReport:
+    """Return the groups of coupled channels of a model's canonical form, and why what is frozen is frozen.
+
+    Raises:
+        GraphoptError: the model is not usable.
+    """
+    given = Given.load(model, None, batch=1, seed=seed, shapes=None)
+    request = PruneRequest(bound=Bound(), seed=seed, normalization=normalization)
+    return _Task(given, request, None).explained()
+
+
+class _Task(LossyTask):
+    """One model, and how it is cut, judged and timed."""
+
+    def __init__(self, given: Given, request: PruneRequest, progress: Progress | None) -> None:
+        super().__init__(given, request, progress)
+        self.request = request
+        self.recipe = Recipe(request, self.calibrating is not None)
+        if request.gradients is not None:
+            gradients = read_gradients(request.gradients, self.original)
+            self.settings = replace(self.settings, gradients=gradients)
+        self.tried: list[Tried] = []
+        self._base: Model | None = None
+        self._groups: Channels | None = None
+
+    @property
+    def base(self) -> Model:
+        """The canonical model, made once: what is cut."""
+        if self._base is None:
+            self._base = self.canonical()
+        return self._base
+
+    @property
+    def groups(self) -> Channels:
+        """Its groups of coupled channels."""
+        if self._groups is None:
+            self._groups = self._groups_of(self.base)
+        return self._groups
+
+    def _groups_of(self, model: Model) -> Channels:
+        return find_groups(model, TensorShapes(model), evaluate, normalization=self.request.normalization)
+
+    def run(self) -> Pruned:
+        """Return what was asked for."""
+        self._check_asked()
+        if self.judging is not None:
+            self.progress("running the float model")
+            self.check.prepare()  # what is wrong with samples or metric shows before minutes of work
+        if not self.groups.prunable() and not self.request.drop_blocks:
+            return self._nothing()
+        if self.request.goal == "bound":
+            return self._largest()
+        if self.request.goal == "latency":
+            return self._to_latency()
+        return self._asked()
+
+    def _check_asked(self) -> None:
+        request, sampled = self.request, self.calibrating is not None
+        if request.goal == "bound" and self.judging is None:
+            raise DataError(
+                "how much to cut was not said, and there are no samples to find out on", at="--data",
+                hint="--ratio 0.3, --target-macs 0.7 or --target-latency 0.8 say how much; or give --data",
+            )  # fmt: skip
+        if request.reconstruct in ("least-squares", "bias") and not sampled:
+            raise DataError(
+                "what remains is fitted on samples, and there are none", at="--data",
+                hint="give --data, or --reconstruct none",
+            )  # fmt: skip
+        if request.gradients is None and request.criterion in ("taylor", "gradient"):
+            raise SpecError(
+                f"the criterion {request.criterion} needs gradients", at="--criterion", hint="--gradients FILE"
+            )
+
+    def _asked(self) -> Pruned:
+        """Return the model with the part cut that was asked for.
+
+        Raises:
+            GateMissedError: it misses the bound, or the part cannot be cut.
+        """
+        of = "channels" if self.request.goal == "ratio" else self.request.goal
+        self.progress("cutting")
+        found = self.built(self.recipe.cut(self.request.removed, of))
+        if not found.changed:
+            return self._nothing()
+        self._judge(found, f"{self.request.removed:.0%} of {of}")
+        self._gate(found)
+        return self._finished(found, self._timing(found))
+
+    def _to_latency(self) -> Pruned:
+        """Return a model whose measured time is what was asked for.
+
+        Raises:
+            GateMissedError: that cannot be reached, or what reaches it misses the bound.
+        """
+        kept = 1.0 - self.request.removed
+        cuts: list[Cut] = []
+
+        def build(counts: Mapping[str, int], accept: Callable[[Comparison], bool]) -> Comparison:
+            self.progress(f"cutting to {kept:g} of the lossless model's time ({len(cuts) + 1})")
+            found = self.built(self.recipe.counts(counts))
+            timing = self.compare([("the pruned model", found.model)], accept)[0]
+            self._judge(found, f"{kept:g} of the time", timing)
+            cuts.append(found)
+            return timing
+
+        timing = LatencySearch(self._subject(), kept).run(build)
+        self._gate(cuts[-1])
+        return self._finished(cuts[-1], timing)
+
+    def _subject(self) -> Subject:
+        samples = self.given.feeds if self.calibrating is None else self.calibrating
+        return Subject(
+            self.base, self._chosen(), context_of(self.base, self.calibrating, self.settings), samples, self.finish(),
+            self.settings, self.request, self.recipe, self.progress,
+        )  # fmt: skip
+
+    def _chosen(self) -> list[ChannelGroup]:
+        """Return the groups that may be cut, of those that were named."""
+        request = self.request
+        return [g for g in self.groups.prunable() if matches(g.name, request.only, request.skip)]
+
+    def _largest(self) -> Pruned:
+        """Return the smallest model that keeps the bound, found by bisection on the part of the MACs that goes."""
+        low, high, best = 0.0, MOST, None
+        share = MOST / 2
+        while high - low > CLOSE:
+            self.progress(f"cutting {share:.0%} of the MACs")
+            try:
+                found = self.built(self.recipe.cut(share, "macs"))
+            except GateMissedError:  # so much cannot be cut
+                high, share = share, (low + share) / 2
+                continue
+            self._judge(found, f"{share:.0%} of macs")
+            good = found.quality is not None and found.quality.ok
+            if good:
+                low, best = share, found if found.changed else best
+            else:
+                high = share
+            share = (low + high) / 2
+        if best is None:
+            return self._nothing("no cut keeps the bound: " + self.tried[-1].verdict if self.tried else "")
+        timing = self._timing(best)
+        if timing is not None and not faster(timing):
+            return self._nothing(f"the largest cut that keeps the bound is not faster: {in_words(timing)}")
+        return self._finished(best, timing)
+
+    def built(self, steps: Sequence[spec.Step]) -> Cut:
+        """Return what passes and the lowering ones behind them make of the canonical model."""
+        made = Pipeline(steps).run(self.base, samples=self.calibrating, settings=self.settings)
+        rows, blocks = self._rows(made), _dropped(made)
+        finish = self.finish()
+        lowered = Pipeline(finish).run(made.model, samples=self.given.feeds, settings=self.settings, own=True)
+        changed = any(row.after < row.before for row in rows) or bool(blocks)
+        notes = [note for record in made.report.passes for note in record.notes]
+        return Cut(lowered.model, (*steps, *finish), rows, blocks, notes, changed)
+
+    def finish(self) -> tuple[spec.Step, ...]:
+        """Return what stands behind the cut."""
+        dead = spec.PassStep("eliminate-dead")
+        return (dead, *self.lowering(), spec.PassStep("eliminate-common"), dead)
+
+    def _rows(self, made: Result) -> list[GroupRow]:
+        after = {group.name: group.size for group in self._groups_of(made.model).groups}
+        blocked = {
+            miss["where"]: miss["why"]
+            for record in made.report.passes if record.name == "prune-channels" for miss in record.blocked
+        }  # fmt: skip
+        rows = []
+        for group in self.groups.groups:
+            left = after.get(group.name, group.size if group.frozen else 0)
+            why = group.frozen or (blocked.get(group.name, "") if left == group.size else "")
+            rows.append(GroupRow(group.name, group.kind, group.size, left, _weights(group), why))
+        return rows
+
+    def _judge(self, found: Cut, what: str, timing: Comparison | None = None) -> None:
+        found.quality = self.quality(found.model)
+        verdict = "not judged"
+        if found.quality is not None:
+            verdict = "keeps the bound" if found.quality.ok else "; ".join(found.quality.failures)
+        cut = sum(row.after < row.before for row in found.rows)
+        self.tried.append(Tried(what, cut, None, found.quality, timing, verdict))
+
+    def _gate(self, found: Cut) -> None:
+        """Refuse what misses the bound."""
+        if found.quality is not None and not found.quality.ok:
+            raise GateMissedError(
+                "so much cannot be cut within the bound: " + "; ".join(found.quality.failures),
+                hint="leave out the target: then the most is cut that keeps the bound",
+            )
+
+    def _timing(self, found: Cut) -> Comparison | None:
+        return self.compare([("the pruned model", found.model)])[0] if self.request.measure else None
+
+    def _finished(self, found: Cut, timing: Comparison | None) -> Pruned:
+        order_constants(found.model.graph)  # so that a replay writes the same bytes
+        pipeline = Pipeline((*self.prefix(), *found.steps))
+        report = self._report(found.model, found.rows)
+        report.blocks, report.notes = found.blocks, list(dict.fromkeys(found.notes))
+        report.pipeline, report.quality, report.timing = str(pipeline), found.quality, timing
+        report.decisions = self.decisions(pipeline).to_dict()
+        if timing is not None and not faster(timing):
+            report.notes.append(f"not faster than the lossless model: {in_words(timing)}")
+        if found.quality is None:
+            report.notes.append("what it costs in accuracy was not judged: there are no samples (--data)")
+        return Pruned(found.model, report)
+
+    def _nothing(self, reason: str = "") -> Pruned:
+        """Return the lossless model, and why nothing was cut."""
+        lossless = self.lossless()
+        whys = dict.fromkeys(group.frozen for group in self.groups.groups if group.frozen)
+        said = "; ".join(list(whys)[:3]) or "no weight has an axis that could be cut"
+        rows = [GroupRow(g.name, g.kind, g.size, g.size, _weights(g), g.frozen) for g in self.groups.groups]
+        report = self._report(lossless.model, rows)
+        report.decision, report.reason = "lossless", reason or f"nothing can be cut: {said}"
+        report.pipeline, report.decisions = lossless.report.pipeline, lossless.report.decisions
+        report.quality = self.quality(lossless.model)
+        return Pruned(lossless.model, report)
+
+    def explained(self) -> PruningReport:
+        """Return the groups, nothing cut."""
+        rows = [GroupRow(g.name, g.kind, g.size, g.size, _weights(g), g.frozen) for g in self.groups.groups]
+        report = self._report(self.base, rows)
+        report.decision = "explained"
+        report.frozen = [
+            {"where": axis.where, "axis": axis.axis, "size": axis.size, "why": axis.why}
+            for axis in self.groups.frozen_axes
+        ]
+        return report
+
+    def _report(self, model: Model, rows: Sequence[GroupRow]) -> PruningReport:
+        described = {
+            "calibration": "" if self.calibrating is None else self.calibrating.description,
+            "judging": "" if self.judging is None else self.judging.description,
+        }
+        request, (covered, parameters) = self.request, self.groups.coverage()
+        return PruningReport(
+            str(self.original.path or "<memory>"), request.seed, request.bound.to_dict(),
+            size_of(self.original), size_of(model), samples=described, tried=self.tried,
+            bytes_before=self.original.emitted_bytes(), bytes_after=model.emitted_bytes(),
+            goal=request.goal, removed=None if request.goal == "bound" else request.removed,
+            criterion=self.recipe.criterion, scope=self.recipe.scope, reconstruct=self.recipe.method,
+            groups=list(rows), macs_before=self._macs(self.base), macs_after=self._macs(model),
+            parameters_before=_parameters(self.base), parameters_after=_parameters(model),
+            covered=covered / parameters if parameters else 0.0,
+        )  # fmt: skip
+
+    def _macs(self, model: Model) -> int | None:
+        feed = self.given.feeds.first()
+        return costs(model, inputs={name: np.shape(value) for name, value in feed.items()}).macs
+
+    def replayed(self, decisions: Decisions | str | Path) -> Pruned:
+        """Return what was decided before."""
+        model, found, reason = self.replay(decisions)
+        report = self._report(model, [])
+        report.reason, report.pipeline, report.quality = reason, found.pipeline, self.quality(model)
+        report.decisions = found.to_dict()
+        return Pruned(model, report)
+
+
+def _weights(group: Any) -> int:
+    return len({id(site.tensor) for site in group.sites if site.role in ("makes", "reads")})
+
+
+def _parameters(model: Model) -> int:
+    return sum(int(np.prod(constant.shape)) for constant in model.constants() if constant.dtype == np.float32)
+
+
+def _dropped(made: Result) -> list[str]:
+    """Return the blocks that a run dropped."""
+    return [note for record in made.report.passes if record.name == "drop-blocks" for note in record.notes]

@@ -259,11 +259,12 @@ def _constant_info(constant: gs.Constant) -> ValueInfoProto:
 
 
 def _info_of(constant: gs.Constant, info: ValueInfoProto) -> ValueInfoProto:
-    """Return the type that the file states of a constant, unless a pass has given it another element type since."""
+    """Return the type that the file states of a constant, unless a pass has given it another one since."""
     came_from = origin(constant)
-    if not isinstance(came_from, LazyTensor | LazySparse | np.ndarray) or came_from.dtype == constant.dtype:
+    if not isinstance(came_from, LazyTensor | LazySparse | np.ndarray):
         return info
-    return _constant_info(constant)
+    same = came_from.dtype == constant.dtype and tuple(came_from.shape) == tuple(constant.shape)
+    return info if same else _constant_info(constant)
 
 
 def _output_infos(graph: gs.Graph, held: GraphOrigin) -> Iterable[ValueInfoProto]:

@@ -136,7 +136,8 @@ class Place:
         since, index = MOVED_TO_INPUT[self.node.op, name]
         if self.opset < since:
             return Patch(attrs={name: [int(v) for v in values]})
-        return Patch(inputs={index: np.asarray(values, np.int64)})
+        dtype = np.dtype((self.node.inputs[index].dtype if self.has(index) else None) or np.int64)
+        return Patch(inputs={index: np.clip(values, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)})
 
     def _shape(self, tensor: gs.Tensor) -> Dims:
         found = self.shapes.proved(tensor).shape

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -28,6 +27,7 @@ from graphopt.kept import groups as groups_cut
 from graphopt.kept import width_before
 from graphopt.masking import proved, runs
 from graphopt.model import Model, from_snapshot
+from graphopt.names import matches
 from graphopt.registry import register
 
 from .channel_patches import RefusedError
@@ -37,6 +37,9 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 OF = ("channels", "params", "macs")
 SPREADS = ("global", "local")
+
+MOST_PROOFS = 100
+"""Cuts that are tried to find which groups are at fault; what is not tried by then stays as it is."""
 
 SLACK = 1e-9
 """Part of a cost that rounding may add to it."""
@@ -129,8 +132,7 @@ class PruneChannels(Pass):
                 raise SpecError(f"the model has no channel group '{name}'", at="counts", hint=hint)
 
     def _may_cut(self, group: Group) -> bool:
-        inside = not self.only or any(fnmatchcase(group.name, pattern) for pattern in self.only)
-        return inside and not any(fnmatchcase(group.name, pattern) for pattern in self.skip)
+        return matches(group.name, self.only, self.skip)
 
 
 def _parsed(counts: Sequence[str]) -> dict[str, int]:
@@ -162,6 +164,7 @@ class _Cutter:
         self.refused: dict[str, str] = {}
         self._by_name = {group.name: group for group in groups}
         self._feeds: list[Mapping[str, Any]] | None = None
+        self._proofs = 0
 
     def settle(self, asked: PruneChannels) -> dict[str, Array]:
         """Return the units that stay of each group that is cut: chosen, planned and proved."""
@@ -201,7 +204,7 @@ class _Cutter:
         why = self._wrong(wanted)
         if not why:
             return {}
-        if len(wanted) == 1:
+        if len(wanted) == 1 or self._proofs >= MOST_PROOFS:
             return dict.fromkeys(wanted, why)
         names = list(wanted)
         found: dict[str, str] = {}
@@ -211,6 +214,7 @@ class _Cutter:
 
     def _wrong(self, kept: Mapping[str, Array]) -> str:
         """Return what is wrong with a cut; "" where it equals the masked model, or runs where it cannot be equal."""
+        self._proofs += 1
         exact = {name: stay for name, stay in kept.items() if not self._by_name[name].inexact}
         groups = [(self._by_name[name], stay) for name, stay in exact.items()]
         ctx = self.ctx

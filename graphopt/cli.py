@@ -15,6 +15,8 @@ from graphopt.arguments import shapes as _shapes
 from graphopt.arguments import thread_counts, unnamed_line, unnamed_passes
 from graphopt.base import Pass
 from graphopt.cli_explain import explain
+from graphopt.cli_factorize import factorize
+from graphopt.cli_prune import prune
 from graphopt.cli_quantize import quantize
 from graphopt.console import emit, out, print_diff, working
 from graphopt.console import run as run_app
@@ -312,6 +314,8 @@ def inspect(
 
 app.command()(explain)
 app.command()(quantize)
+app.command()(prune)
+app.command()(factorize)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.factorable import Factorable, find, held_type
+from graphopt.errors import DataError
 from graphopt.factors import Solved
 from graphopt.model import Model
 from graphopt.ops import is_standard
@@ -48,14 +49,14 @@ class Trials:
     Args:
         model: the model before factors.
         labels: layers that may get factors.
-        samples: what to run; the first few are kept in memory.
+        samples: what to run; the first few are kept in memory.  None where nothing is measured.
         threads: of the sessions.
     """
 
-    def __init__(self, model: Model, labels: Sequence[str], samples: Samples, *, threads: int = 1) -> None:
+    def __init__(self, model: Model, labels: Sequence[str], samples: Samples | None, *, threads: int = 1) -> None:
         self.opened, self._places = _opened(model, labels)
         self._reference, self._samples, self._threads = model, samples, threads
-        self._measure = self._within_time(len(labels))
+        self._measure: Measure | None = None
 
     def _within_time(self, trials: int) -> Measure:
         """Return a measure on as many samples as time allows."""
@@ -67,11 +68,19 @@ class Trials:
         return found if count == 1 else self._measure_on(count)
 
     def _measure_on(self, count: int) -> Measure:
+        if self._samples is None:
+            raise DataError("choices are tried on samples, and there are none", hint="give --data")
         names = [name for place in self._places.values() for name in (place.weight, place.bias) if name]
         return output_noise(self.opened, self._reference, self._samples, names, limit=count, threads=self._threads)
 
     def noise(self, choice: Choice) -> float:
-        """Return noise over signal power, summed over the outputs."""
+        """Return noise over signal power, summed over the outputs.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        if self._measure is None:
+            self._measure = self._within_time(len(self._places))
         return self._measure(self._values(choice))
 
     def model(self, choice: Choice) -> Model:

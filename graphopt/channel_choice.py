@@ -262,7 +262,8 @@ def allocate(
     tables = costs.tables(options)
     found = _descend(options, losses, _Tables(tables), bound)
     if sum(len(table) for table in tables.values()) <= MOST_COLUMNS:
-        solved = _solved(options, losses, tables, bound, time_limit)
+        most = found.loss if found is not None else math.inf
+        solved = _solved(_within(options, losses, most), losses, tables, bound, time_limit)
         if solved is not None and (found is None or solved.loss <= found.loss):
             return solved
     if found is None:
@@ -277,6 +278,17 @@ def allocate(
 def candidates(counts: Sequence[int]) -> list[int]:
     """Return some ten counts, the whole group first."""
     return sorted({_nearest(counts, part * counts[0]) for part in OPTIONS}, reverse=True)
+
+
+def _within(
+    options: Mapping[str, Sequence[int]], losses: Mapping[str, Mapping[int, float]], most: float
+) -> dict[str, list[int]]:
+    """Return the counts that lose no more by themselves than a choice that is known: few numbers of one size remain."""
+    return {g: [n for n in counts if losses[g][n] <= most] or [counts[0]] for g, counts in options.items()}
+
+
+def _open(groups: Sequence[str], counts: Sequence[int], options: Mapping[str, Sequence[int]]) -> bool:
+    return all(n in options[g] for g, n in zip(groups, counts, strict=True))
 
 
 class _Tables:
@@ -347,6 +359,7 @@ def _solved(
     time_limit: float,
 ) -> Allocation | None:
     """Return the solver's choice; None where it finds none in time."""
+    tables = {g: {c: cost for c, cost in t.items() if _open(g, c, options)} for g, t in tables.items()}
     own = {g: tables.get((g,), {}) for g in options}
     items = {g: {str(n): Option(own[g].get((n,), 0.0), losses[g][n]) for n in found} for g, found in options.items()}
     terms = [

@@ -25,9 +25,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.base import Context
+from graphopt.channel_costs import MacsModel
 from graphopt.edit import label
 from graphopt.gptq import damped
 from graphopt.layer_inputs import Gram, GramRequest, request_of
+from graphopt.model import Model
 from graphopt.ops import is_standard
 from graphopt.tensors import is_float
 
@@ -54,6 +56,15 @@ AHEAD = 4
 
 STEPS = 24
 """In so many steps all units go; within a step they go one by one."""
+
+PROBABILITIES = ("Softmax", "Sigmoid", "LogSoftmax")
+VIEWED = ("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Cast")
+
+WORK = 3e11
+"""MACs that all trials together may take."""
+
+FEEDS = (2, 32)
+"""Feeds of a trial, at least and at most."""
 
 LEVELS = (0.25, 0.5)
 """Parts of a group without which the outputs are measured."""
@@ -392,34 +403,70 @@ def _batches(groups: Sequence[Group], readers: Mapping[str, Sequence[Reader]]) -
 
 
 def losses(
-    groups: Sequence[Group], ctx: Context, *, feeds: int = 8, progress: Callable[[str], None] | None = None
+    groups: Sequence[Group], ctx: Context, *, feeds: int = 0, progress: Callable[[str], None] | None = None
 ) -> dict[str, Curve]:
     """Return how each group shrinks, with the noise at the model's outputs measured at `LEVELS`.
 
     Args:
         groups: those that may be cut.
         ctx: the model and its samples.
-        feeds: run for each trial.
+        feeds: run for each trial (0: as many as keep all trials within `WORK`, from `FEEDS[0]` to `FEEDS[1]`).
         progress: takes short sentences about what is going on.
 
     Raises:
         DataError: there are no samples.
     """
     found: dict[str, Curve] = {}
+    model = before_probabilities(ctx.model)
+    if not feeds:
+        each = MacsModel.of(ctx.model, (), ctx.samples).macs() * (len(LEVELS) + 1) * max(len(groups), 1)
+        feeds = int(np.clip(WORK / max(each, 1.0), *FEEDS))
     for name, curve, solved in _curves(groups, ctx):
         if progress is not None:
             progress(f"loss of group {len(found) + 1} of {len(groups)}")
-        found[name] = _measured(curve, solved, ctx, feeds) if solved else curve
+        found[name] = _measured(curve, solved, ctx, model, feeds) if solved else curve
     return _levelled(found)
 
 
-def _measured(curve: Curve, solved: Sequence[_Solved], ctx: Context, feeds: int) -> Curve:
+def before_probabilities(model: Model) -> Model:
+    """Return a copy whose outputs are what Softmax and Sigmoid make probabilities of, where these are its outputs.
+
+    Errors hide in probabilities near 0 and 1, until many of them together turn one over.
+    """
+    copy = model.copy()
+    found: dict[int, gs.Tensor] = {}
+    for tensor in copy.graph.outputs:
+        behind = _behind(tensor)
+        found[id(behind)] = behind
+    for tensor in found.values():
+        if not any(tensor is output for output in copy.graph.outputs):
+            tensor.dtype, tensor.shape = None, None  # ORT infers the type: a stale one would make it refuse the model
+            tensor.__dict__.pop("origin", None)
+    copy.graph.outputs[:] = list(found.values())
+    return copy
+
+
+def _behind(tensor: gs.Tensor) -> gs.Tensor:
+    """Return what a probability is made of, the tensor itself where it is none."""
+    current = tensor
+    while not isinstance(current, gs.Constant) and current.inputs:
+        node = current.inputs[0]
+        if is_standard(node, *PROBABILITIES):
+            below = node.inputs[0]
+            return tensor if isinstance(below, gs.Constant) or not below.inputs else below
+        if not is_standard(node, *VIEWED):
+            break
+        current = node.inputs[0]
+    return tensor
+
+
+def _measured(curve: Curve, solved: Sequence[_Solved], ctx: Context, model: Model, feeds: int) -> Curve:
     size = len(curve.order)
     counts = sorted({round(level * size) for level in LEVELS} - {0, size})
     trials = [{k: v for s in solved for k, v in s.without(curve.order[:count]).items()} for count in counts]
     if not trials:
         return curve
-    measure = ctx.output_noise(ctx.model, list(trials[0]), feeds)
+    measure = ctx.output_noise(model, list(trials[0]), feeds, model)
     noise = np.maximum.accumulate([measure(trial) for trial in trials])
     return replace(curve, noise=tuple(zip(counts, map(float, noise), strict=True)))
 

@@ -13,11 +13,11 @@ from graphopt.base import Target
 from graphopt.data import Spec, load_samples
 from graphopt.decisions import Decisions, Selection, checked, read_decisions
 from graphopt.edit import order_constants
-from graphopt.errors import DataError, SpecError
+from graphopt.errors import DataError, GraphoptError, SpecError
 from graphopt.judge import Comparison, Condition, Progress, judging, shared
 from graphopt.model import Model, Source, load
 from graphopt.optimizer import DEFAULT_OPSET, Shapes, default_pipeline, optimize
-from graphopt.pipeline import Pipeline, Result, Settings
+from graphopt.pipeline import Pipeline, Result, Settings, StopPipelineError
 from graphopt.quality import Bound, Quality, QualityCheck, split
 from graphopt.runtime import PROVIDERS
 from graphopt.samples import Samples
@@ -151,6 +151,19 @@ class LossyTask:
     def prefix(self) -> tuple[spec.Step, ...]:
         """Return the canonical stage of the lossless engine."""
         return default_pipeline(DEFAULT_OPSET, "canonical").steps
+
+    def run_passes(
+        self, steps: Sequence[spec.Step], model: Model, samples: Samples | None, *, own: bool = False
+    ) -> Result:
+        """Return what passes make of a model; what stops one of them is raised as it is.
+
+        Raises:
+            GraphoptError: as the pass says.
+        """
+        try:
+            return Pipeline(steps).run(model, samples=samples, settings=self.settings, own=own)
+        except StopPipelineError as stop:
+            raise stop.__cause__ if isinstance(stop.__cause__, GraphoptError) else stop from None
 
     def canonical(self) -> Model:
         """Return what lossy passes start from."""

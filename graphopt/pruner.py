@@ -282,10 +282,10 @@ class _Task(LossyTask):
 
     def built(self, steps: Sequence[spec.Step]) -> Cut:
         """Return what passes and the lowering ones behind them make of the canonical model."""
-        made = Pipeline(steps).run(self.base, samples=self.calibrating, settings=self.settings)
+        made = self.run_passes(steps, self.base, self.calibrating)
         rows, blocks = self._rows(made), _dropped(made)
         finish = self.finish()
-        lowered = Pipeline(finish).run(made.model, samples=self.given.feeds, settings=self.settings, own=True)
+        lowered = self.run_passes(finish, made.model, self.given.feeds, own=True)
         changed = any(row.after < row.before for row in rows) or bool(blocks)
         notes = [note for record in made.report.passes for note in record.notes]
         return Cut(lowered.model, (*steps, *finish), rows, blocks, notes, changed)

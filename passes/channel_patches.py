@@ -13,7 +13,7 @@ Operators that are not in `PATCHES` hold nothing of that kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analysis.constants import array_of
 from graphopt.analysis.shapes import Shapes
+from graphopt.analysis.symbolic_expr import Expr
 from graphopt.ops import MOVED_TO_INPUT
 
 from .shape_targets import constant_target
@@ -147,7 +148,21 @@ class Place:
 
 
 def _cut_shape(shape: Dims, kept: Axes) -> Dims:
-    return tuple(len(kept[axis]) if axis in kept else size for axis, size in enumerate(shape))
+    return tuple(cut_size(size, len(kept[axis])) if axis in kept else size for axis, size in enumerate(shape))
+
+
+def cut_size(size: Any, left: int) -> Any:
+    """Return the size of a cut axis; where it is a multiple of what is not known (4*batch), the multiple that is left.
+
+    Args:
+        size: number, text, expression, or None where it is not known.
+        left: indices that stay.
+    """
+    if isinstance(size, Expr):
+        return Expr(dict.fromkeys(size.terms, left))
+    if isinstance(size, str):
+        return f"{left}*{size.partition('*')[2]}" if "*" in size else None
+    return None if size is None else left
 
 
 def _conv(place: Place) -> Patch:
@@ -216,16 +231,20 @@ def _computed_reshape(place: Place, out: Dims) -> Patch:
     known, source = place.shapes.symbolic.of(place.node.inputs[1]), place.shapes.symbolic.of(place.node.inputs[0])
     allowzero = bool(place.attr("allowzero", 0))
     if known.values is not None and source.shape is not None:
-        wanted = [size if axis in place.out_kept(0) else known.values.flat[axis] for axis, size in enumerate(out)]
+        left = {axis: len(stay) for axis, stay in place.out_kept(0).items()}
+        wanted = [cut_size(n, left[axis]) if axis in left else n for axis, n in enumerate(known.values.flat)]
+        wanted = [size if isinstance(size, int) and axis in left else wanted[axis] for axis, size in enumerate(out)]
         sizes = _cut_shape(source.shape, place.kept(0))  # type: ignore[arg-type]
         found = constant_target(sizes, wanted, allowzero=allowzero)  # type: ignore[arg-type]
         if not isinstance(found, str):
             return place.setting("shape", np.array(found, np.int64))
-    return Patch(blends={1: _blend(out)})
+    return Patch(blends={1: _blend(out, place.out_kept(0))})
 
 
-def _blend(sizes: Sequence[int | str | None]) -> tuple[Array, Array]:
+def _blend(sizes: Sequence[int | str | None], cut: Iterable[int]) -> tuple[Array, Array]:
     """Return mask and values that put the known sizes in the place of computed ones."""
+    if any(not isinstance(sizes[axis], int) for axis in cut):
+        raise RefusedError("its target holds a multiple of a size that is not known")
     known = np.array([isinstance(size, int) for size in sizes])
     return known, np.array([size if isinstance(size, int) else 0 for size in sizes], np.int64)
 
@@ -256,7 +275,8 @@ def _blended(place: Place, port: int, out: Dims) -> Patch:
     length = place.number(place.before(port), 0)
     if length > len(out):
         raise RefusedError(f"the target of {place.node.op} is longer than its output's shape")
-    return Patch(blends={port: _blend(out[len(out) - length :])})
+    lead = len(out) - length
+    return Patch(blends={port: _blend(out[lead:], [axis - lead for axis in place.out_kept(0) if axis >= lead])})
 
 
 def _tile(place: Place) -> Patch:

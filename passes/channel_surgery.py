@@ -24,7 +24,7 @@ from graphopt.analysis.shapes import Shapes
 from graphopt.edit import Edit, drop_declared, label, make_node
 from graphopt.ops import is_standard
 
-from .channel_patches import PATCHES, Axes, Patch, Place, RefusedError
+from .channel_patches import PATCHES, Axes, Patch, Place, RefusedError, cut_size
 
 if TYPE_CHECKING:
     from graphopt.analysis.channels import Group, Site
@@ -281,5 +281,5 @@ def _state(nodes: Iterable[gs.Node], cuts: Mapping[str, Axes]) -> None:
             dims = list(tensor.shape)
             for axis, stay in cuts[tensor.name].items():
                 if axis < len(dims):
-                    dims[axis] = len(stay)
+                    dims[axis] = cut_size(dims[axis], len(stay))
             tensor.shape = dims

@@ -67,7 +67,7 @@ def _view(node: gs.Node, shapes: Shapes, _opset: int) -> Move | None:
 
 
 def _add_block(move: Move, block: Block) -> None:
-    if len(block.read) == len(block.made) == 1:
+    if len(block.read) == len(block.made) == 1 and -1 not in (*block.read, *block.made):
         move.same.append((0, block.read[0], 0, block.made[0]))
     elif block.sizes_read:
         trial = Trial("Reshape", (block.sizes_read,), (), (block.sizes_made,))
@@ -97,10 +97,16 @@ def _simple(
     sizes = _static(shape, axes)
     everywhere = list(range(len(shape)))
     if sizes is None:
-        return Move([(0, at, o, at) for at in everywhere if at not in axes for o in range(outputs)])
+        return _others(shape, axes, outputs)
     trial = Trial(op, (_around(shape, sizes),), tuple(sorted(attrs.items())), tuple(parameters), outputs)
     part = Part(trial, [everywhere], [everywhere] * outputs, frozenset(axes), frozenset(axes))
     return Move(parts=[part])
+
+
+def _others(shape: Sequence[Any], axes: Iterable[int], outputs: int = 1) -> Move:
+    """Return a move of which only the axes that it does not act on are known."""
+    acted = set(axes)
+    return Move([(0, at, o, at) for at in range(len(shape)) if at not in acted for o in range(outputs)])
 
 
 def _transpose(node: gs.Node, shapes: Shapes, _opset: int) -> Move | None:
@@ -139,8 +145,7 @@ def _split(node: gs.Node, shapes: Shapes, _opset: int) -> Move | None:
     axis = int(node.attrs.get("axis", 0)) % max(len(shape), 1)
     sizes = tuple(o[axis] for o in outs if o is not None)
     if not all(isinstance(n, int) for n in sizes) or not isinstance(shape[axis], int):
-        at = [a for a in range(len(shape)) if a != axis]
-        return Move([(0, a, o, a) for a in at for o in range(len(outs))])
+        return _others(shape, [axis], len(outs))
     known = tuple(int(n) for n in sizes if isinstance(n, int))
     return _simple(shape, [axis], "Split", {"axis": axis}, [known], len(outs))
 
@@ -159,12 +164,14 @@ def _slice(node: gs.Node, shapes: Shapes, opset: int) -> Move | None:
         axes = list(range(starts.size))
     values = {k: v for k, v in given.items() if isinstance(v, np.ndarray)}
     if any(isinstance(v, Unknown) for v in given.values()):
-        return Move([(0, at, 0, at) for at in range(len(shape)) if at not in axes])
+        return _others(shape, axes)
     steps = values.get("steps", np.ones(len(axes), np.int64)).reshape(-1)
     rows = list(zip(values["starts"].reshape(-1), values["ends"].reshape(-1), axes, steps, strict=True))
     known = [row for row in rows if isinstance(shape[row[2]], int)]
     columns = [tuple(int(v) for v in column) for column in zip(*known, strict=True)] or [(), (), (), ()]
-    return _simple(shape, [row[2] for row in known], "Slice", {}, columns)  # the others have nothing to tie
+    if len(known) < len(rows):
+        return _others(shape, axes)
+    return _simple(shape, [row[2] for row in known], "Slice", {}, columns)
 
 
 def _gather(node: gs.Node, shapes: Shapes, _opset: int) -> Move | None:
@@ -209,11 +216,8 @@ def _pad(node: gs.Node, shapes: Shapes, opset: int) -> Move | None:
     for i, at in enumerate(places):
         full[at], full[at + len(shape)] = values[i], values[i + len(places)]
     acted = [at for at in range(len(shape)) if full[at] or full[at + len(shape)]]
-    known = [at for at in acted if isinstance(shape[at], int)]
-    for at in set(acted) - set(known):
-        full[at] = full[at + len(shape)] = 0
     mode = node.attrs.get("mode", "constant")
-    return _simple(shape, known, "Pad", {"mode": mode}, [tuple(full)])
+    return _simple(shape, acted, "Pad", {"mode": mode}, [tuple(full)])
 
 
 def _depth_to_space(node: gs.Node, shapes: Shapes, _opset: int) -> Move | None:

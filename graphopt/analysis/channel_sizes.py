@@ -10,6 +10,7 @@ from typing import TypeAlias
 from graphopt.analysis.symbolic_expr import Expr, Size, Symbol
 
 Shape: TypeAlias = Sequence[Size]
+Entries: TypeAlias = Sequence[tuple[int, Size]]
 
 _SMALL = (2, 3, 5, 7, 11, 13, 17, 19)
 _LARGE = (1009, 2003, 3001, 4001, 5003, 6007, 7001, 8009, 9001, 10007, 11003, 12007, 13001, 14009, 15013, 16001)
@@ -20,7 +21,7 @@ class Block:
     """Axes of a reshape whose sizes have one product.
 
     Attributes:
-        read: axes of the input.
+        read: axes of the input, -1 for a part of unknown size.
         made: axes of the output.
         sizes_read: numbers for a trial, empty where there are none.
         sizes_made: the same of the output.
@@ -48,14 +49,34 @@ def view_blocks(read: Shape, made: Shape) -> list[Block]:
     if len(symbols) > len(_LARGE):
         return []
     large = dict(zip(symbols, _LARGE, strict=False))
-    left = [(at, _number(size, large)) for at, size in enumerate(read) if size != 1]
-    right = [(at, _number(size, large)) for at, size in enumerate(made) if size != 1]
+    one, other = _entries(read), _entries(made)
+    left = [(i, _number(size, large)) for i, (_, size) in enumerate(one)]
+    right = [(i, _number(size, large)) for i, (_, size) in enumerate(other)]
     found = list(_matched(left, right))
     taken = sum(len(b.read) for b in found), sum(len(b.made) for b in found)
     back = list(_matched(left[taken[0] :][::-1], right[taken[1] :][::-1]))
     blocks = [*found, *(Block(b.read[::-1], b.made[::-1]) for b in back[::-1])]
     small = dict(zip(symbols, _SMALL, strict=False))
-    return [_sized(block, read, made, small) for block in blocks]
+    return [_sized(block, one, other, small) for block in blocks]
+
+
+def factor(size: Expr) -> int:
+    """Return by which number a size is a multiple of symbols, 1 where it is a sum."""
+    if len(size.terms) != 1:
+        return 1
+    ((symbols, times),) = size.terms.items()
+    return times if symbols and times > 1 else 1
+
+
+def _entries(shape: Shape) -> list[tuple[int, Size]]:
+    """Return (axis, size) but for sizes of 1; one with a known factor as two: what is unknown (axis -1), the factor."""
+    found: list[tuple[int, Size]] = []
+    for at, size in enumerate(shape):
+        if isinstance(size, Expr) and (times := factor(size)) > 1:
+            found += [(-1, Expr(dict.fromkeys(size.terms, 1))), (at, times)]
+        elif size != 1:
+            found.append((at, size))
+    return found
 
 
 def _name(symbol: Symbol) -> str:
@@ -79,20 +100,17 @@ def _matched(left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]]) 
         yield Block(tuple(at for at, _ in left[first:i]), tuple(at for at, _ in right[second:j]))
 
 
-def _sized(block: Block, read: Shape, made: Shape, numbers: Mapping[Symbol, int]) -> Block:
-    """Return a block with numbers for a trial, where they have one product."""
-    if not set(_symbols(block, read, made)) <= set(numbers):
-        return block
-    left = tuple(_number(read[at], numbers) for at in block.read)
-    right = tuple(_number(made[at], numbers) for at in block.made)
+def _sized(block: Block, read: Entries, made: Entries, numbers: Mapping[Symbol, int]) -> Block:
+    """Return a block of axes, from one of places, with numbers for a trial where they have one product."""
+    inside, outside = [read[i] for i in block.read], [made[i] for i in block.made]
+    axes = tuple(at for at, _ in inside), tuple(at for at, _ in outside)
+    sizes = [size for _, size in (*inside, *outside) if isinstance(size, Expr)]
+    if not {s for size in sizes for product in size.terms for s in product} <= set(numbers):
+        return Block(*axes)
+    left = tuple(_number(size, numbers) for _, size in inside)
+    right = tuple(_number(size, numbers) for _, size in outside)
     fits = min(*left, *right) > 0 and math.prod(left) == math.prod(right)
-    return Block(block.read, block.made, left, right) if fits else block
-
-
-def _symbols(block: Block, read: Shape, made: Shape) -> Iterator[Symbol]:
-    for size in (*(read[at] for at in block.read), *(made[at] for at in block.made)):
-        if isinstance(size, Expr):
-            yield from (s for product in size.terms for s in product)
+    return Block(*axes, left, right) if fits else Block(*axes)
 
 
 def _number(size: Size, numbers: Mapping[Symbol, int]) -> int:

@@ -14,8 +14,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analysis.channel_sizes import factor
 from graphopt.analysis.constants import is_constant
 from graphopt.analysis.shapes import Shapes
+from graphopt.analysis.symbolic_expr import Size
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Role = Literal["makes", "reads", "holds", "carries"]
@@ -32,7 +34,11 @@ Axes: TypeAlias = list[int]
 
 @dataclass
 class Axis:
-    """One axis of a tensor: of a variable, or of a constant as one node reads it; of none where it is virtual."""
+    """One axis of a tensor: of a variable, or of a constant as one node reads it; of none where it is virtual.
+
+    An axis whose size is not known but for a factor (4*batch, heads beside the batch) stands for that factor: index i
+    of it is every i modulo `size`, and `whole` is the size as text.
+    """
 
     size: int
     tensor: gs.Tensor | None = None
@@ -40,6 +46,7 @@ class Axis:
     node: gs.Node | None = None
     port: int = 0
     role: Role = "holds"
+    whole: str = ""
 
 
 @dataclass
@@ -97,7 +104,7 @@ class Ties:
         constant = is_constant(tensor)
         key = (id(node), port) if constant else (id(tensor), -1)
         if key not in self._of:
-            shape = self.shapes.proved(tensor).shape
+            shape = tensor.shape if isinstance(tensor, gs.Constant) else self.shapes.symbolic.of(tensor).shape
             role: Role = "holds" if constant else "carries"
             self._of[key] = (
                 None
@@ -106,14 +113,13 @@ class Ties:
             )
         return self._of[key]
 
-    def _axis(
-        self, size: int | str | None, tensor: gs.Tensor, place: int, node: gs.Node | None, port: int, role: Role
-    ) -> int:
-        if not isinstance(size, int) or size == 0:
-            return OPEN
+    def _axis(self, size: Size, tensor: gs.Tensor, place: int, node: gs.Node | None, port: int, role: Role) -> int:
         if size == 1:
             return ONE
-        self.axes.append(Axis(size, tensor, place, node, port, role))
+        known, whole = (size, "") if isinstance(size, int) else (factor(size), size.text)
+        if known in (0, 1):
+            return OPEN
+        self.axes.append(Axis(known, tensor, place, node, port, role, whole))
         return len(self.axes) - 1
 
     def virtual(self, size: int) -> int:
@@ -123,11 +129,19 @@ class Ties:
         self.axes.append(Axis(size))
         return len(self.axes) - 1
 
-    def tie(self, a: int, b: int, why: str) -> None:
-        """Say that equal indices of two axes go together; beside an unknown size nothing can."""
+    def tie(self, a: int, b: int, why: str, *, part: bool = False) -> None:
+        """Say that equal indices of two axes go together; beside an unknown size nothing can.
+
+        Args:
+            a: one axis.
+            b: the other.
+            why: reason where they cannot.
+            part: whether one may stand for a factor of its size and the other for all of its own.
+        """
         self.touched.update((a, b))
         if a >= 0 and b >= 0:
-            if self.axes[a].size == self.axes[b].size:
+            one, other = self.axes[a], self.axes[b]
+            if one.size == other.size and (part or one.whole == other.whole):
                 self.same.append((a, b))
             else:
                 self.freeze(a, why)
@@ -176,3 +190,20 @@ class Ties:
         """Name the units of an axis."""
         if axis >= 0:
             self.tags.setdefault(axis, kind)
+
+    def mark(self) -> tuple[int, int]:
+        """Return how much has been said so far."""
+        return len(self.same), len(self.mapped)
+
+    def pass_back(self, start: tuple[int, int], end: tuple[int, int]) -> None:
+        """Give the roles of what a node computes from constants to those: a weight in codes is read like the weight.
+
+        Args:
+            start: `mark` before the node.
+            end: `mark` after it.
+        """
+        pairs = [*self.same[start[0] : end[0]], *((a, b) for a, _, b, _ in self.mapped[start[1] : end[1]])]
+        for a, b in pairs:
+            for made, read in ((a, b), (b, a)):
+                if made in self.roles and self.axes[made].role == "carries":
+                    self.roles.setdefault(read, self.roles[made])

@@ -22,6 +22,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analysis.channel_place import Place, apply_rule
+from graphopt.analysis.channel_ties import ONE
 from graphopt.analysis.region import Evaluate, extract
 from graphopt.errors import GraphoptError
 
@@ -146,7 +147,7 @@ class Move:
         reads = [place.into(port) or [] for port in range(ports)]
         makes = [place.out(port) or [] for port in range(len(place.node.outputs))]
         for read, at, made, to in self.same:
-            place.ties.tie(reads[read][at], makes[made][to], f"{place.name} has two sizes along it")
+            place.ties.tie(reads[read][at], makes[made][to], f"{place.name} has two sizes along it", part=True)
         for part in self.parts:
             _tie_part(place, part, reads, makes)
         for port in range(ports, len(place.node.inputs)):
@@ -159,10 +160,12 @@ def _tie_part(place: Place, part: Part, reads: Sequence[Sequence[int]], makes: S
     ties = place.ties
 
     def read(i: int, at: int) -> int:
-        return reads[i][part.reads[i][at]]
+        axis = part.reads[i][at]
+        return ONE if axis < 0 else reads[i][axis]
 
     def made(o: int, to: int) -> int:
-        return makes[o][part.makes[o][to]]
+        axis = part.makes[o][to]
+        return ONE if axis < 0 else makes[o][axis]
 
     for o, to in part.found.repeated:
         ties.touched.add(made(o, to))
@@ -174,7 +177,8 @@ def _tie_part(place: Place, part: Part, reads: Sequence[Sequence[int]], makes: S
         first = fine[0]
         exact = all(_exact(part, r) for r in fine)
         if len(fine) == 1 and first.is_same() and (exact or not _exact_any(part, first)):
-            ties.tie(read(first.read, first.at), made(first.made, first.to), f"{place.name} has two sizes along it")
+            why, view = f"{place.name} has two sizes along it", part.exact_reads is None
+            ties.tie(read(first.read, first.at), made(first.made, first.to), why, part=view)
         elif not exact:
             continue
         elif coarse == "out":

@@ -53,6 +53,8 @@ class Site:
             of a norm, scale ...; `carries`: an activation.
         node: the one that reads the constant or makes the activation, None for inputs of the graph.
         port: index of that input or output.
+        part: whether the axis is longer than `units`, by a factor that is not known: index i is every i modulo their
+            number (heads beside a batch of unknown size).
     """
 
     tensor: gs.Tensor
@@ -61,6 +63,7 @@ class Site:
     role: Role
     node: gs.Node | None
     port: int = 0
+    part: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,17 @@ def find_groups(model: Model, shapes: Shapes, evaluate: Evaluate, *, normalizati
     fixed = _fixed(nodes)
     _ends(model, ties)
     moves = probe(nodes, shapes, evaluate, model.opset)
+    said = [ties.mark()]
     for node in nodes:
         place = Place(node, ties, model.opset, fixed, normalization=normalization)
         if id(node) in moves:
             moves[id(node)].apply(place)
         else:
             apply_rule(place, RULES.get(node.op) if is_standard(node) else None)
+        said.append(ties.mark())
+    for number in reversed(range(len(nodes))):
+        if any(id(t) in fixed for t in nodes[number].outputs):
+            ties.pass_back(said[number], said[number + 1])
     _inner(nodes, ties)
     units = Solver(ties).solve()
     return _Listing(ties, units).channels(model)
@@ -264,7 +272,7 @@ class _Listing:
     def _site(self, number: int, units: Array) -> Site:
         axis = self.ties.axes[number]
         assert axis.tensor is not None  # virtual axes have no sites
-        return Site(axis.tensor, axis.place, units, self.roles[number], axis.node, axis.port)
+        return Site(axis.tensor, axis.place, units, self.roles[number], axis.node, axis.port, bool(axis.whole))
 
     def _frozen_axes(
         self, prunable: set[tuple[int, int, int]], frozen: dict[tuple[int, int, int], str]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from graphopt.calibrate import Calibration
     from graphopt.grams import Gram, GramRequest
     from graphopt.model import Model
+    from graphopt.moments import Fit, Split
     from graphopt.samples import Samples
-    from graphopt.sweep import Fit, Split
 
 Exactness = Literal["exact", "lossy"]
 Loss = Literal["structure", "numbers"]

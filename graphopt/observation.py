@@ -15,7 +15,7 @@ from graphopt.samples import Samples
 if TYPE_CHECKING:
     from graphopt.calibrate import Calibration
     from graphopt.grams import Gram, GramRequest
-    from graphopt.sweep import Fit, Split
+    from graphopt.moments import Fit, Split
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from graphopt.sweep import Moments, Split
+from graphopt.moments import Moments, Split
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Method = Literal["nothing", "bias", "least-squares"]

@@ -27,10 +27,10 @@ from graphopt.kept import positions
 from graphopt.layer_inputs import WIDEST
 from graphopt.linear_layer import LinearLayer, linear_layer, linear_layers
 from graphopt.model import Model
+from graphopt.moments import Fit, Split
 from graphopt.ops import is_standard
 from graphopt.reconstruct import Solution, solve
 from graphopt.registry import register
-from graphopt.sweep import Fit, Split
 
 Array = np.ndarray[Any, Any]
 

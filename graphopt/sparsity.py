@@ -107,7 +107,7 @@ def over_all(scores: Mapping[str, Array], amount: float) -> dict[str, Array]:
     names = list(scores)
     together = np.concatenate([scores[name].reshape(-1) for name in names]) if names else np.empty(0)
     mask = lowest(together, round(amount * together.size))
-    ends = np.cumsum([scores[name].size for name in names])[:-1] if names else []
+    ends: Array = np.cumsum([scores[name].size for name in names])[:-1]
     return {name: part.reshape(scores[name].shape) for name, part in zip(names, np.split(mask, ends), strict=True)}
 
 

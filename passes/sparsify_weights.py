@@ -6,19 +6,25 @@ smaller is the file (see `docs/sparsity.md`); runtimes with sparse kernels gain 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.base import Change, Context, Exactness, Loss, Pass
+from graphopt.edit import Edit
 from graphopt.errors import DataError
+from graphopt.linear_layer import LinearLayer
 from graphopt.registry import register
+from graphopt.sparse_fit import allocate, curves, fitted, grams, pruned, second_moments, usable
 from graphopt.sparse_layers import SparseLayer, find
 from graphopt.sparse_marks import Mark, marks, write_mark
-from graphopt.sparsity import Criterion, Pattern, Spread, lowest, lowest_in_runs, over_all
+from graphopt.sparsity import SAMPLED, Criterion, Pattern, Spread, lowest, lowest_in_runs, over_all
+from graphopt.sweep import Fit
+
+from .reconstruct_weights import targets
 
 Array = np.ndarray[Any, Any]
 
@@ -35,7 +41,8 @@ class SparsifyWeights(Pass):
 
     Options:
         amount: part of the elements, between 0 and 1; where there is a pattern, it is the pattern's.
-        criterion: magnitude, random, gradient (needs those of the model as it is here).
+        criterion: magnitude, random, gradient (needs those of the model as it is here); wanda and sparsegpt need
+            samples: with these, global amounts follow from the noise that each layer makes at the outputs.
         spread: global (over all layers together) or per-layer (the same part of each).
         pattern: N:M leaves at most N of every M inputs that follow each other (Conv: of channels).
         only, skip: globs of layer names.
@@ -94,15 +101,56 @@ class SparsifyWeights(Pass):
             if why:
                 layers.remove(layer)
                 yield Change(layer.label, "zeros in its weight", why)
-        if layers and not all(self._done(ctx, layer) for layer in layers):
+        if not layers or all(self._done(ctx, layer) for layer in layers):
+            return
+        if self.criterion not in SAMPLED:
             yield from self._scored(ctx, layers)
+            return
+        linear, blocked = usable(graph, layers)
+        for where, why in blocked.items():
+            yield Change(where, "zeros in its weight", why)
+        layers = [layer for layer in layers if layer.label in linear]
+        amounts = self._amounts(ctx, layers)
+        if self.criterion == "wanda":
+            yield from self._weighed(ctx, layers, amounts)
+        else:
+            yield from self._fitted(graph, ctx, {each.label: (each, linear[each.label]) for each in layers}, amounts)
+
+    def _amounts(self, ctx: Context, layers: Sequence[SparseLayer]) -> dict[str, float]:
+        """Return the part of each layer that becomes zero."""
+        if self._runs or self.spread == "per-layer":
+            return {layer.label: self._part for layer in layers}
+        found = allocate(curves(ctx, layers, self.amount, self.criterion), self.amount)
+        return {layer.label: found.get(layer.label, self.amount) for layer in layers}
+
+    def _weighed(self, ctx: Context, layers: Sequence[SparseLayer], amounts: Mapping[str, float]) -> Iterator[Change]:
+        for layer, gram in grams(ctx, layers):
+            weight = layer.rows(layer.values())
+            found = pruned(layer, weight, second_moments(gram), amounts[layer.label], "wanda", self._runs)
+            yield self._change(ctx, layer, layer.from_rows(found.weight), _left(found.error, gram.count))
+
+    def _fitted(
+        self, graph: gs.Graph, ctx: Context, layers: Mapping[str, tuple[SparseLayer, LinearLayer]],
+        amounts: Mapping[str, float],
+    ) -> Iterator[Change]:  # fmt: skip
+        """Propose sparse weights layer after layer, each to be applied before the next is made."""
+        reference = ctx.reference() if ctx.reference is not None else ctx.model.copy()
+        fits: list[Fit] = []
+        for fit in targets(graph, reference.graph, [linear for _, linear in layers.values()]):
+            if isinstance(fit, Fit):
+                fits.append(fit)
+            else:
+                yield Change(fit[0], "zeros in its weight", fit[1])
+        for found in fitted(ctx, layers, fits, amounts, self._runs):
+            change = self._change(ctx, found.layer, found.weight, _left(found.error))
+            yield replace(change, apply=_with_bias(graph, ctx, layers[found.layer.label][1], found.bias, change.apply))
 
     def _why_not(self, layer: SparseLayer, ctx: Context) -> str:
         """Return why a layer cannot have what is asked for, '' where it can."""
         length = layer.pattern_order()[1]
         if self._runs is not None and length % self._runs.run:
             return f"{length} inputs are no multiple of {self._runs.run}"
-        if self.criterion == "gradient" and np.shape((ctx.gradients or {}).get(layer.tensor.name)) != layer.shape:
+        if self.criterion == "gradient" and np.shape((ctx.gradients or {}).get(layer.tensor.name, 0)) != layer.shape:
             return f"there is no gradient of '{layer.tensor.name}'"
         return ""
 
@@ -133,7 +181,7 @@ class SparsifyWeights(Pass):
             drawn = np.random.default_rng([ctx.seed, number]).random(values.shape)
             return np.where(values == 0, -1.0, drawn)
         if self.criterion == "gradient":
-            return size * np.abs((ctx.gradients or {})[layer.tensor.name])
+            return np.asarray(size * np.abs((ctx.gradients or {})[layer.tensor.name]))
         return size
 
     def _in_runs(self, layer: SparseLayer, scores: Array) -> Array:
@@ -151,3 +199,19 @@ class SparsifyWeights(Pass):
 
         where = self.pattern or f"{share:.1%}"
         return Change(layer.label, f"{where} zeros in '{layer.tensor.name}'", why, apply)
+
+
+def _with_bias(
+    graph: gs.Graph, ctx: Context, layer: LinearLayer, bias: Array | None, rest: Callable[[], None] | None
+) -> Callable[[], None]:
+    def apply() -> None:
+        assert rest is not None
+        rest()
+        with Edit(graph) as edit:
+            layer.put(edit, ctx, None, bias)
+
+    return apply
+
+
+def _left(error: float, rows: int = 0) -> str:
+    return f"error {error:.2%} of its output's power" + (f", on {rows} rows" if rows else "")

@@ -35,6 +35,10 @@ LARGEST = 1e15
 """Magnitude from which on values are left out: sums of their squares would pass the range of float32."""
 
 
+ROUNDING = 4e-7
+"""Part of a sum of squares that is not told from rounding: rows are float32."""
+
+
 @dataclass(frozen=True)
 class Window:
     """The patches that a convolution sees, in the terms of ONNX's Conv: one entry for each spatial axis.
@@ -121,9 +125,16 @@ class Gram:
         return self.matrix.reshape(-1, *self.matrix.shape[-2:])
 
     def covariance(self) -> Array:
-        """Return the covariance of the rows (divided by `count`), of the shape of `matrix`."""
-        mean = self.mean
-        return np.asarray(self.matrix / max(self.count, 1) - mean[..., :, None] * mean[..., None, :])
+        """Return the covariance of the rows (divided by `count`), of the shape of `matrix`.
+
+        A column that varies by less than float32 rounds its square is constant: its row and column are zeros, where
+        the difference of two large moments would leave noise of either sign.
+        """
+        moment, mean = self.matrix / max(self.count, 1), self.mean
+        found = moment - mean[..., :, None] * mean[..., None, :]
+        power = np.diagonal(moment, axis1=-2, axis2=-1)
+        varies = np.diagonal(found, axis1=-2, axis2=-1) > ROUNDING * power
+        return np.asarray(found * (varies[..., :, None] & varies[..., None, :]))
 
     def __add__(self, other: Gram) -> Gram:
         count, dropped = self.count + other.count, self.dropped + other.dropped

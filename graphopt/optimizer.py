@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -374,32 +374,21 @@ def _record(
         report.timing = {**worst, **{k: v for k, v in last.to_dict().items() if k in ("same_graph", "conditions")}}
 
 
-DEFAULT = "default"
-"""The word for the default pipeline in the text of another."""
+STAGES: Mapping[str, Stage] = {"default": "lowering", "canonical": "canonical"}
+"""Words that stand for the steps of the default pipeline, up to a stage."""
 
 
 def parse_pipeline(text: str) -> Pipeline:
-    """Return the pipeline of a text form, in which the step `default` stands for those of the default pipeline.
+    """Return the pipeline of a text form, in which the words of `STAGES` stand for steps of the default pipeline.
 
     Raises:
-        SpecError: the text is not understood, or `default` stands in a `repeat` or has options.
+        SpecError: the text is not understood, or such a word stands in a `repeat` or has options.
     """
-    found: list[spec.Step] = []
-    for step in spec.parse(text):
-        if step == spec.PassStep(DEFAULT):
-            found += default_pipeline().steps
-        elif any(inner.name == DEFAULT for inner in spec.pass_steps((step,))):
-            raise SpecError(
-                "'default' is the default pipeline: it has no options and stands in no 'repeat'",
-                at=spec.to_text((step,)), hint="default, eliminate-dead",
-            )  # fmt: skip
-        else:
-            found.append(step)
-    return Pipeline(found)
+    return Pipeline(_expanded(spec.parse(text)))
 
 
 def read_pipeline(path: str | Path) -> Pipeline:
-    """Return the pipeline of a TOML file.
+    """Return the pipeline of a TOML file, in which the words of `STAGES` may stand too.
 
     Raises:
         SpecError: no such file, or not a pipeline.
@@ -411,7 +400,24 @@ def read_pipeline(path: str | Path) -> Pipeline:
     except UnicodeDecodeError as error:
         raise SpecError("the pipeline file is not text", at=str(path)) from error
     try:
-        return Pipeline(spec.from_toml(text))
+        return Pipeline(_expanded(spec.from_toml(text)))
     except SpecError as error:
         error.at = f"{path}, {error.at}" if error.at else str(path)
         raise
+
+
+def _expanded(steps: Iterable[spec.Step]) -> list[spec.Step]:
+    """Return the steps, each word of `STAGES` replaced by what it stands for."""
+    found: list[spec.Step] = []
+    for step in steps:
+        word = next((inner.name for inner in spec.pass_steps((step,)) if inner.name in STAGES), None)
+        if word is None:
+            found.append(step)
+        elif step == spec.PassStep(word):
+            found += default_pipeline(stage=STAGES[word]).steps
+        else:
+            raise SpecError(
+                f"'{word}' stands for steps of the default pipeline: it has no options and stands in no 'repeat'",
+                at=spec.to_text((step,)), hint=f"{word}, eliminate-dead",
+            )  # fmt: skip
+    return found

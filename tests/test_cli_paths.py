@@ -150,7 +150,7 @@ def test_default_stands_for_the_default_pipeline(cli: Cli, model: Path, command:
 
 @pytest.mark.parametrize("text", ["repeat(default)", "default{opset=3}"])
 def test_default_stands_alone(text: str) -> None:
-    with pytest.raises(SpecError, match="'default' is the default pipeline") as caught:
+    with pytest.raises(SpecError, match="'default' stands for steps of the default pipeline") as caught:
         parse_pipeline(text)
     assert caught.value.at == text
     assert caught.value.hint

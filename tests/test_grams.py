@@ -213,3 +213,15 @@ def test_no_samples_is_a_clear_error() -> None:
 def test_no_request_for_what_is_no_matrix(op: str) -> None:
     node = gs.Node(op, inputs=[gs.Variable("x"), gs.Variable("w")], outputs=[gs.Variable("y")])
     assert request_of(node, (2, 3, 4)) is None
+
+
+def test_a_column_that_does_not_vary_has_no_covariance() -> None:
+    request = GramRequest("x", 3)
+    gram = Gram.empty(request)
+    rows = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    rows[:, 1] = 12345.678
+    gram.add(request, rows)
+    found = gram.covariance()
+    assert not found[1].any()
+    assert not found[:, 1].any()
+    np.testing.assert_allclose(found[np.ix_([0, 2], [0, 2])], np.cov(rows[:, [0, 2]].T, bias=True), rtol=1e-4)

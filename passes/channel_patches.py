@@ -232,13 +232,22 @@ def _computed_reshape(place: Place, out: Dims) -> Patch:
     allowzero = bool(place.attr("allowzero", 0))
     if known.values is not None and source.shape is not None:
         left = {axis: len(stay) for axis, stay in place.out_kept(0).items()}
-        wanted = [cut_size(n, left[axis]) if axis in left else n for axis, n in enumerate(known.values.flat)]
-        wanted = [size if isinstance(size, int) and axis in left else wanted[axis] for axis, size in enumerate(out)]
+        values = [
+            cut_size(n, left[axis]) if axis in left and n != -1 else n for axis, n in enumerate(known.values.flat)
+        ]
+        wanted = [size if isinstance(size, int) and axis in left else values[axis] for axis, size in enumerate(out)]
         sizes = _cut_shape(source.shape, place.kept(0))  # type: ignore[arg-type]
         found = constant_target(sizes, wanted, allowzero=allowzero)  # type: ignore[arg-type]
         if not isinstance(found, str):
             return place.setting("shape", np.array(found, np.int64))
-    return Patch(blends={1: _blend(out, place.out_kept(0))})
+    open_ended = [axis for axis in place.out_kept(0) if not isinstance(out[axis], int)]
+    if not open_ended:
+        return Patch(blends={1: _blend(out, place.out_kept(0))})
+    left_over = [] if known.values is None else [axis for axis, n in enumerate(known.values.flat) if n == -1]
+    if known.values is None or len({*open_ended, *left_over}) > 1:
+        raise RefusedError("its target holds multiples of sizes that are not known")
+    [axis] = open_ended
+    return Patch(blends={1: _blend([-1 if at == axis else size for at, size in enumerate(out)], ())})
 
 
 def _blend(sizes: Sequence[int | str | None], cut: Iterable[int]) -> tuple[Array, Array]:

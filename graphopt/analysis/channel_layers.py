@@ -34,8 +34,8 @@ def letters(place: Place, inputs: Mapping[int, str], outputs: Sequence[str], bia
             outside.setdefault(letter, []).append(axis)
     for port, text in inputs.items():
         for letter, axis in zip(text, place.into(port) or (), strict=True):
-            if letter == "." and place.weight(port):
-                place.ties.freeze(axis, f"it is the kernel of {place.name}")
+            if letter == ".":
+                place.ties.freeze(axis, f"{place.name} {'has its kernel' if place.weight(port) else 'slides'} along it")
     for letter in sorted({*inside, *outside} - {".", "_"}):
         _tie_all(place, [*(axis for _, axis in inside.get(letter, [])), *outside.get(letter, [])])
         if letter not in outside:

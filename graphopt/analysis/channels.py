@@ -164,7 +164,7 @@ def find_groups(model: Model, shapes: Shapes, evaluate: Evaluate, *, normalizati
             ties.pass_back(said[number], said[number + 1])
     _inner(nodes, ties)
     units = Solver(ties).solve()
-    return _Listing(ties, units).channels(model)
+    return _Listing(ties, units, fixed).channels(model)
 
 
 def _fixed(nodes: Iterable[gs.Node]) -> set[int]:
@@ -201,8 +201,9 @@ def _inner(nodes: Iterable[gs.Node], ties: Ties) -> None:
 class _Listing:
     """Turns units into groups."""
 
-    def __init__(self, ties: Ties, units: Units) -> None:
+    def __init__(self, ties: Ties, units: Units, fixed: set[int]) -> None:
         self.ties = ties
+        self.fixed = fixed
         self.units = units
         self.roles = [ties.roles.get(i, a.role) if a.role != "carries" else a.role for i, a in enumerate(ties.axes)]
         self.members: dict[int, list[int]] = {}
@@ -253,9 +254,16 @@ class _Listing:
         tags = {self.ties.tags[a] for a in self._tagged if int(self.units.of_axis[a]) in arrays}
         kind = next((k for k in KINDS if k in tags), KINDS[-1])
         inexact = next((self.ties.inexact[a] for a in axes if a in self.ties.inexact), "")
-        node = self.ties.axes[makes[0]].node
+        name = label(self._layer(makes[0]))
+        return makes[0], Group(name, len(numbers), sites, kind, why, inexact)
+
+    def _layer(self, axis: int) -> gs.Node:
+        """Return the layer that a weight is for, behind what decodes it."""
+        node = self.ties.axes[axis].node
         assert node is not None  # a constant is read by one
-        return makes[0], Group(label(node), len(numbers), sites, kind, why, inexact)
+        while id(node.outputs[0]) in self.fixed and node.outputs[0].outputs:
+            node = node.outputs[0].outputs[0]
+        return node
 
     @cached_property
     def _tagged(self) -> list[int]:

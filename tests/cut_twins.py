@@ -1,7 +1,7 @@
 """Twins of pruned models that owe nothing to the analysis: what was cut is read off the weights.
 
 Random weights hardly ever hold a number twice, so a smaller weight tells by its numbers which slices of the larger one
-it is.  `slices` reads that for every constant input of every layer that both models have, by the layer's name.
+it is.  `slices` reads that for every constant input of every layer that both models have, by the layer's name, or that of its output.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def twin(model: onnx.ModelProto, found: Mapping[Use, Slices], *, producers: bool
     result.CopyFrom(model)
     for node in result.graph.node:
         for port, _ in enumerate(node.input):
-            if (node.name, port) in found:
-                was = found[node.name, port]
+            if (_label(node), port) in found:
+                was = found[_label(node), port]
                 axis = _making_axis(was) if producers else None
                 values = was.values.copy()
                 for place, kept in enumerate(was.kept):
                     if axis in (None, place):
                         gone = np.setdiff1d(np.arange(values.shape[place]), kept)
                         values[(slice(None),) * place + (gone,)] = 0
-                node.input[port] = f"{node.name}/{port}/twin"
+                node.input[port] = f"{_label(node)}/{port}/twin"
                 result.graph.initializer.append(numpy_helper.from_array(values, node.input[port]))
     return result
 
@@ -83,12 +83,16 @@ def _making_axis(was: Slices) -> int:
     return sizes.index(True)
 
 
+def _label(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
+
+
 def _uses(model: onnx.ModelProto) -> Iterator[tuple[Use, onnx.NodeProto, Array]]:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         for port, name in enumerate(node.input):
-            if node.name and name in constants:
-                yield (node.name, port), node, numpy_helper.to_array(constants[name])
+            if name in constants:
+                yield (_label(node), port), node, numpy_helper.to_array(constants[name])
 
 
 def _kept(values: Array, cut: Array, axis: int) -> Array:

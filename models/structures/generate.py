@@ -44,7 +44,7 @@ def exported(network: Network, exporter: str) -> onnx.ModelProto:
     target = io.BytesIO()
     options: dict[str, Any] = {"input_names": names}
     if exporter == "torchscript":
-        axes = {name: {axis: f"{name}{axis}" for axis in spec.dynamic} for name, spec in network.inputs.items()}
+        axes = {name: {axis: _size_name(spec, axis) for axis in spec.dynamic} for name, spec in network.inputs.items()}
         options |= {"dynamic_axes": axes, "opset_version": OPSET, "do_constant_folding": True, "dynamo": False}
         if not network.merged:
             options["training"] = torch.onnx.TrainingMode.PRESERVE  # BatchNorm stays a node
@@ -56,6 +56,11 @@ def exported(network: Network, exporter: str) -> onnx.ModelProto:
         assert program is not None
         program.save(target)
     return onnx.load_from_string(target.getvalue())
+
+
+def _size_name(spec: Input, axis: int) -> str:
+    """Return a name that axes of the same sizes share."""
+    return f"size{spec.shape[axis]}_{spec.second[axis]}"
 
 
 def _example(spec: Input) -> torch.Tensor:

@@ -148,7 +148,7 @@ def _pair(layer: Factorable, split: Split, rank: int) -> tuple[list[onnx.NodePro
     first, second = split.shapes(rank)
     nodes = [
         helper.make_node(op, ["x", "w"], ["z"], **attrs),
-        helper.make_node(layer.node.op, ["z", "v"], ["y"], **second_form(layer.node, split)),
+        helper.make_node(layer.node.op, ["z", "v"], ["y"], **second_form(layer, split)),
     ]
     return nodes, [("w", first), ("v", second)]
 

@@ -29,6 +29,7 @@ from graphopt.factor_choice import FactorChoice, Picks
 from graphopt.factor_request import FactorizeRequest
 from graphopt.factorization_report import FactorizationReport, FactorRow
 from graphopt.judge import Comparison, Progress
+from graphopt.kernels import is_integer
 from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Given, LossyTask, faster, in_words
 from graphopt.lossy_report import Tried
 from graphopt.model import Model, Source
@@ -350,7 +351,7 @@ def _check_floats(model: Model) -> None:
         ModelError: it holds codes.
     """
     for node in model.nodes():
-        if is_standard(node, *DEQUANTIZE) or node.op in ("QLinearConv", "QLinearMatMul", "MatMulNBits"):
+        if is_standard(node, *DEQUANTIZE) or is_integer(node.op):
             raise ModelError(
                 "the model is quantized already", at=f"node '{node.name or node.outputs[0].name}'",
                 hint="factorize the float model, then quantize the result",

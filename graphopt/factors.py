@@ -113,10 +113,11 @@ def first_form(node: gs.Node, split: Split) -> tuple[str, dict[str, Any]]:
     return "Conv", _along(node, split, 0) if split.way == "spatial" else _pointwise(split)
 
 
-def second_form(node: gs.Node, split: Split) -> dict[str, Any]:
+def second_form(layer: Factorable, split: Split) -> dict[str, Any]:
     """Return the attributes of the second factor of a layer, of the layer's own operator."""
-    if split.way == "product":
-        return {}
+    node = layer.node
+    if split.way == "product":  # what is added and no bias is left as it was
+        return {"beta": node.attrs["beta"]} if layer.bias is None and "beta" in node.attrs else {}
     if split.way == "narrow":
         return dict(node.attrs)
     return _along(node, split, 1) if split.way == "spatial" else _pointwise(split)

@@ -61,7 +61,7 @@ class Spectrum:
     """What each rank of a matrix keeps.
 
     Attributes:
-        matrix: float64 (inputs, outputs).
+        matrix: (inputs, outputs), of any float type.
         basis: (outputs, directions), orthonormal, those that hold most first.
         energies: (directions,), what each holds of the outputs' power.
         total: the power of the outputs.
@@ -89,7 +89,7 @@ class Spectrum:
         basis = self.basis[:, :rank]
         floor = _FAINT * max(float(self.energies[0]), 1e-300)
         spread = np.sqrt(np.maximum(self.energies[:rank], floor)) if self.total > 0.0 else np.ones(basis.shape[1])
-        return Factors(self.matrix @ basis / spread, basis.T * spread[:, None])
+        return Factors(self.matrix.astype(np.float64) @ basis / spread, basis.T * spread[:, None])
 
 
 def spectrum(matrix: Array, *, inputs: Array | None = None, outputs: Array | None = None) -> Spectrum:
@@ -100,14 +100,14 @@ def spectrum(matrix: Array, *, inputs: Array | None = None, outputs: Array | Non
         inputs: covariance of the rows that it is multiplied with, (inputs, inputs).
         outputs: in its place, that of the products, (outputs, outputs).
     """
-    matrix = np.asarray(matrix, np.float64)
     rows, columns = matrix.shape
     if outputs is None and columns > rows:
         return _by_inputs(matrix, inputs)
-    plain = matrix.T @ matrix
+    wide = matrix.astype(np.float64)
+    plain = wide.T @ wide
     found = outputs
     if found is None:
-        found = plain if inputs is None else matrix.T @ inputs @ matrix
+        found = plain if inputs is None else wide.T @ inputs @ wide
     found = (found + found.T) / 2
     total, power = float(np.trace(found)), float(np.trace(plain))
     if total <= 0.0:  # constant outputs: nothing is known
@@ -118,8 +118,9 @@ def spectrum(matrix: Array, *, inputs: Array | None = None, outputs: Array | Non
     return Spectrum(matrix, basis, energies, total)
 
 
-def _by_inputs(matrix: Array, covariance: Array | None) -> Spectrum:
+def _by_inputs(stored: Array, covariance: Array | None) -> Spectrum:
     """Return the spectrum of a matrix with fewer inputs than outputs: problems of the smaller size only."""
+    matrix = stored.astype(np.float64)
     known = np.eye(len(matrix)) if covariance is None else (covariance + covariance.T) / 2
     power = float(np.sum(np.square(matrix)))
     total = float(np.sum((known @ matrix) * matrix))
@@ -135,7 +136,7 @@ def _by_inputs(matrix: Array, covariance: Array | None) -> Spectrum:
     basis = weighed.T @ vectors / scale
     made = matrix @ basis
     energies = np.maximum(np.sum(made * (known @ made), axis=0), 0.0)
-    return Spectrum(matrix, basis, energies, total)
+    return Spectrum(stored, basis, energies, total)
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,7 @@ class Split:
         return min(*self.size, (self.whole - 1) // self.macs)
 
     def matrix(self, weight: Array) -> Array:
-        """Return a weight as the matrix to be factorised, float64."""
-        weight = np.asarray(weight, np.float64)
+        """Return a weight as the matrix to be factorised, of the same type."""
         if self.way == "product":
             return weight
         if self.way == "wide":

@@ -112,14 +112,13 @@ class FactorizeLayers(Pass):
                 yield Change(layer.label, "two layers of low rank", why)
             else:
                 asked.append((layer, splits))
-                gone.add(id(layer.node.inputs[1]))
         samples = self._samples(graph, ctx)
         for part, requests in in_parts(asked):
             grams = ctx.grams({str(i): r for i, r in enumerate(requests)}, self.rows) if samples else {}
             solver = Solver({requests[int(i)]: gram for i, gram in grams.items()})
             with Edit(graph) as edit:
                 for layer, splits in part:
-                    yield self._change(Maker(edit, ctx), layer, [solver.solve(layer, split) for split in splits])
+                    yield self._change(Maker(edit, ctx), layer, [solver.solve(layer, split) for split in splits], gone)
         for holder in ctx.model.graphs():  # so that weights that nothing reads any more are not kept
             drop_declared(holder, gone)
 
@@ -147,7 +146,7 @@ class FactorizeLayers(Pass):
             return f"its input is transposed, and Gemm without C needs opset {TRANSPOSED_OPSET}"
         return ""
 
-    def _change(self, maker: Maker, layer: Factorable, found: list[Solved]) -> Change:
+    def _change(self, maker: Maker, layer: Factorable, found: list[Solved], gone: set[int]) -> Change:
         named = parsed(self.ranks)
         wanted_ranks = [(solved, self._rank(solved, named.get(layer.label))) for solved in found]
         fitting = [(s, rank) for s, rank in wanted_ranks if rank <= s.split.limit]
@@ -163,7 +162,12 @@ class FactorizeLayers(Pass):
             f"relative error {solved.spectrum.error(rank):.3g} {basis}"
         )
         what = f"rank {rank}" + (f", {split.way}" if split.way != "product" else "")
-        return Change(layer.label, what, why, lambda: self._apply(maker, solved, rank))
+
+        def apply() -> None:
+            gone.add(id(layer.node.inputs[1]))
+            self._apply(maker, solved, rank)
+
+        return Change(layer.label, what, why, apply)
 
     def _rank(self, solved: Solved, named: tuple[str, int] | None) -> int:
         """Return the rank that is asked for."""
@@ -192,7 +196,7 @@ class FactorizeLayers(Pass):
         made = maker.node(op, inputs, [between], attrs, like=[node])
         maker.edit.set_input(node, 0, between)
         maker.edit.set_input(node, 1, maker.constant(f"{name}/second", second))
-        attrs = second_form(node, split)
+        attrs = second_form(layer, split)
         node.attrs.clear()
         node.attrs.update(attrs)
         for part, told in ((made, "first"), (node, "second")):

@@ -187,16 +187,23 @@ class _Planner:
     def _note(self) -> None:
         """Take down which layers lose output channels, and how many units each group had."""
         for group in self.groups:
-            site = first_site(group)
-            if site is not None:
-                self.surgery.groups.append((self.places[id(site.node)], group.name, width_of(site)))
-        for use in self.surgery.constants:
-            node = self.graph.nodes[use[0]]
-            made = next((tensor for tensor in node.outputs if tensor.name), None)
-            axes = self.surgery.shapes.get(made.name) if made is not None else None
-            if axes and len(axes) == 1:
-                [(axis, stay)] = axes.items()
-                self.surgery.layers[use[0]] = (len(self._computed[id(made)][axis]), stay)
+            for site in group.role("makes"):  # a weight that is moved or decoded may be cut along several axes
+                if site.node is not None:
+                    mask = self._masks[self.places[id(site.node)], site.port][site.axis]
+                    self.surgery.layers[self.places[id(site.node)]] = (len(mask), np.flatnonzero(mask))
+            first = first_site(group)
+            if first is not None:
+                self.surgery.groups.append((self.places[id(first.node)], group.name, width_of(first)))
+        for place, _ in self.surgery.constants:
+            self._note_layer(place)
+
+    def _note_layer(self, place: int) -> None:
+        """Take down what stays of the channels that a node makes."""
+        made = next((tensor for tensor in self.graph.nodes[place].outputs if tensor.name), None)
+        axes = self.surgery.shapes.get(made.name, {}) if made is not None else {}
+        if len(axes) == 1:
+            [(axis, stay)] = axes.items()
+            self.surgery.layers[place] = (len(self._computed[id(made)][axis]), stay)
 
 
 def _indices(masks: Mapping[int, Array]) -> dict[int, Array]:
@@ -262,14 +269,33 @@ def _patched(
     replaced = [node.inputs[port] for port in patch.inputs if port < len(node.inputs)]
     for port, values in patch.inputs.items():
         edit.set_input(node, port, gs.Constant(fresh(f"{label(node)}/cut"), values))
+    before = nodes[place - 1] if place else None
     for port, (mask, values) in patch.blends.items():
-        out = gs.Variable(fresh(f"{label(node)}/target"), np.int64, list(mask.shape))
-        known = gs.Constant(fresh(f"{out.name}/known"), mask)
-        sizes = gs.Constant(fresh(f"{out.name}/sizes"), values)
-        blend = make_node("Where", [known, sizes, node.inputs[port]], [out], name=out.name, like=[node])
-        edit.insert_after(nodes[place - 1] if place else None, [blend])
-        edit.set_input(node, port, out)
+        steps = _blend(node, port, mask, values, fresh)
+        edit.insert_after(before, steps)
+        edit.set_input(node, port, steps[-1].outputs[0])
+    for axis, places in patch.takes.items():
+        out = gs.Variable(fresh(f"{label(node)}/taken"), node.inputs[0].dtype)
+        taking = [node.inputs[0], gs.Constant(fresh(f"{out.name}/places"), places.astype(np.int64))]
+        edit.insert_after(before, [make_node("Gather", taking, [out], {"axis": axis}, name=out.name, like=[node])])
+        edit.set_input(node, 0, out)
     return [tensor for tensor in replaced if isinstance(tensor, gs.Constant)]
+
+
+def _blend(node: gs.Node, port: int, mask: Array, values: Array, fresh: Callable[[str], str]) -> list[gs.Node]:
+    """Return the nodes that make an input with some of its elements replaced: runs of old and new ones in a row."""
+    name = fresh(f"{label(node)}/target")
+    steps: list[gs.Node] = []
+    parts: list[gs.Tensor] = []
+    for run in np.split(np.arange(len(mask)), np.flatnonzero(np.diff(mask)) + 1):
+        if mask[run[0]]:
+            parts.append(gs.Constant(fresh(f"{name}/known"), values[run]))
+            continue
+        parts.append(gs.Variable(fresh(f"{name}/part"), np.int64, [len(run)]))
+        taking = [node.inputs[port], gs.Constant(fresh(f"{name}/places"), run.astype(np.int64))]
+        steps.append(make_node("Gather", taking, [parts[-1]], {"axis": 0}, name=parts[-1].name, like=[node]))
+    out = gs.Variable(name, np.int64, [len(mask)])
+    return [*steps, make_node("Concat", parts, [out], {"axis": 0}, name=name, like=[node])]
 
 
 def _state(nodes: Iterable[gs.Node], cuts: Mapping[str, Axes]) -> None:

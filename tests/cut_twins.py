@@ -89,6 +89,7 @@ def _label(node: onnx.NodeProto) -> str:
 
 def _uses(model: onnx.ModelProto) -> Iterator[tuple[Use, onnx.NodeProto, Array]]:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants.update((n.output[0], n.attribute[0].t) for n in model.graph.node if n.op_type == "Constant")
     for node in model.graph.node:
         for port, name in enumerate(node.input):
             if name in constants:

@@ -69,7 +69,7 @@ def left(groups: Iterable[Group], cut: graphopt.Model) -> list[tuple[Group, Any]
         units = np.arange(group.size)
         for site in group.role("makes"):
             note = notes.get(label(site.node)) if site.node is not None else None
-            if note is not None and note.width == len(site.units):
+            if note is not None and len(site.units) % note.width == 0:  # gates stand one behind the other
                 units = np.intersect1d(units, site.units[note.indices])
         found.append((group, units))
     return found

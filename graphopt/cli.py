@@ -18,6 +18,7 @@ from graphopt.cli_explain import explain
 from graphopt.cli_factorize import factorize
 from graphopt.cli_prune import prune
 from graphopt.cli_quantize import quantize
+from graphopt.cli_sparsify import sparsify
 from graphopt.console import emit, out, print_diff, working
 from graphopt.console import run as run_app
 from graphopt.errors import GraphoptError, SpecError
@@ -316,6 +317,7 @@ app.command()(explain)
 app.command()(quantize)
 app.command()(prune)
 app.command()(factorize)
+app.command()(sparsify)
 
 
 @app.command()

@@ -49,11 +49,13 @@ class Patch:
         inputs: input -> the constant that it becomes.
         attrs: attribute -> value, None to drop it.
         blends: input -> (mask, values): its elements under the mask become those values, the others stay computed.
+        takes: axis -> places along it that are taken of input 0 before the node reads it.
     """
 
     inputs: dict[int, Array] = field(default_factory=dict)
     attrs: dict[str, Any] = field(default_factory=dict)
     blends: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    takes: dict[int, Array] = field(default_factory=dict)
 
 
 class Place:
@@ -311,22 +313,24 @@ def _slice(place: Place) -> Patch:
     where = [int(a) % rank for a in (range(len(starts)) if axes is None else axes)]
     strides = np.ones(len(starts), np.int64) if steps is None else np.array(steps, np.int64)
     starts, ends = np.array(starts, np.int64), np.array(ends, np.int64)
-    touched = False
+    touched, takes = False, {}
     for i, axis in enumerate(where):
         if axis not in place.kept(0):
             continue
         size = place.number(place.before(0), axis)
         taken = np.arange(size)[slice(int(starts[i]), int(ends[i]), int(strides[i]))]
         found = _found_again(taken[_or_all(place.out_kept(0), axis, len(taken))], place.kept(0)[axis], size)
-        starts[i], ends[i], strides[i] = _run(found)
+        run = _run(found)
+        if run is None or (steps is None and run[2] != 1):
+            takes[axis], run = found, (0, len(found), 1)
+        starts[i], ends[i], strides[i] = run
         touched = True
     if not touched:
         return Patch()
     patch = place.setting("starts", starts)
+    patch.takes = takes
     for name, values in (("ends", ends), ("steps", strides)):
         if name == "steps" and (steps is None or np.array_equal(steps, strides)):
-            if not np.all(strides == 1) and steps is None:
-                raise RefusedError("the channels that a Slice takes do not follow each other any more")
             continue
         more = place.setting(name, values)
         patch.inputs.update(more.inputs)
@@ -348,11 +352,11 @@ def _found_again(wanted: Array, kept: Array, size: int) -> Array:
     return found
 
 
-def _run(places: Array) -> tuple[int, int, int]:
-    """Return start, end and step that give these places."""
+def _run(places: Array) -> tuple[int, int, int] | None:
+    """Return start, end and step that give these places, None where they have no step in common."""
     step = int(places[1] - places[0]) if len(places) > 1 else 1
     if len(places) == 0 or step == 0 or (np.diff(places) != step).any():
-        raise RefusedError("the channels that stay have no step in common")
+        return None
     end = int(places[-1]) + (1 if step > 0 else -1)
     return int(places[0]), TO_THE_FRONT if end < 0 else end, step
 

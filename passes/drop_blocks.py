@@ -154,8 +154,9 @@ def _writer(edit: Edit, model: Model, block: Block) -> Callable[[], None]:
         edit.bypass(total, kept)
         for node in gone:
             edit.remove(node)
-        carrier = kept.inputs or total.inputs or edit.consumers(kept)  # `total` where it is an output of the graph
-        model.metadata(carrier[0]).update({**marks, f"{MARK}{block.label}": "1"})
+        makers = [node for node in (*kept.inputs, *total.inputs) if not edit.removed(node)]  # `total`: a graph's output
+        carrier = (makers or edit.consumers(kept))[0]
+        model.metadata(carrier).update({**marks, f"{MARK}{block.label}": "1"})
 
     return apply
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import onnx_graphsurgeon as gs
 
+from graphopt.analysis.constants import is_constant
 from graphopt.analysis.cost import costs
 from graphopt.analysis.dominators import Dominators
 from graphopt.analysis.shapes import Shapes
@@ -114,7 +115,7 @@ def _no_candidate(node: gs.Node, shapes: Shapes) -> str:
     """Return why an addition cannot be the end of a block, '' where it may be."""
     if len(node.inputs) != 2:
         return f"it adds {len(node.inputs)} tensors"
-    if any(isinstance(t, gs.Constant) for t in node.inputs):
+    if any(is_constant(t) for t in node.inputs):
         return "it adds a constant"
     if node.inputs[0] is node.inputs[1]:
         return "it adds a tensor to itself"
@@ -196,7 +197,7 @@ def _carried(tensor: gs.Tensor) -> list[gs.Tensor]:
     """Return a tensor and those that it is a multiple of."""
     found = [tensor]
     while tensor.inputs and is_standard(tensor.inputs[0], *SCALES):
-        computed = [t for t in tensor.inputs[0].inputs if t.name and not isinstance(t, gs.Constant)]
+        computed = [t for t in tensor.inputs[0].inputs if t.name and not is_constant(t)]
         if len(computed) != 1 or computed[0] is not tensor.inputs[0].inputs[0]:
             break
         tensor = computed[0]

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import networkx as nx
 import onnx_graphsurgeon as gs
 
+from graphopt.analysis.constants import is_constant
 from graphopt.edit import nested_graphs
 
 Place: TypeAlias = tuple[int, int]
@@ -33,7 +34,7 @@ def dynamic_inputs(node: gs.Node) -> list[gs.Tensor]:
         *(t for g in inner for n in g.nodes for t in n.inputs),
         *(t for g in inner for t in g.outputs),
     ]
-    found = {id(t): t for t in read if t.name and not isinstance(t, gs.Constant) and id(t) not in made}
+    found = {id(t): t for t in read if t.name and not is_constant(t) and id(t) not in made}
     return list(found.values())
 
 

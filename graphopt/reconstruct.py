@@ -14,6 +14,7 @@ each cut, on inputs that are compressed already); Luo, Wu, Lin: ThiNet, ICCV 201
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -32,6 +33,9 @@ FIRST = 3
 
 EXACT = 1e-6
 """Part of the target's variance up to which an error is rounding, in sums of float32 products: such a layer is left."""
+
+LEVEL = 1e-6
+"""Of the largest mean variance of a group's inputs: the ridge is measured by no less, where a group's are dead."""
 
 BATCHED = 64
 """Width of a group up to which all groups are solved at once."""
@@ -177,10 +181,12 @@ def _change(residual: _Residual, ridge: float) -> Array:
 
     group, width, _ = residual.xr.shape
     diagonal = np.einsum("gww->gw", residual.xx)
-    level = np.maximum(diagonal.mean(axis=1), np.finfo(np.float64).tiny ** 0.5)
+    level = diagonal.mean(axis=1)
+    level = np.maximum(level, LEVEL * level.max(initial=0.0) or 1.0)
     damped = residual.xx + np.eye(width) * (ridge * level)[:, None, None]
     if group > 1 and width <= BATCHED:
-        return np.asarray(np.linalg.solve(damped, residual.xr))
+        with contextlib.suppress(np.linalg.LinAlgError):  # one of them may be singular: each by itself, then
+            return np.asarray(np.linalg.solve(damped, residual.xr))
     change = np.empty_like(residual.xr)
     for i in range(group):
         try:

@@ -139,18 +139,17 @@ def paired_rows(
         DataError: there are not as many rows in Y as in X.
     """
     x = _drawn(fit.request, values, limit, seed)
+    y = _columns(fit, target, limit, seed)
     if fit.channels is not None:
-        target = np.take(target, fit.channels, axis=fit.axis)
+        y = y.reshape(len(y), -1, math.prod(fit.block))[:, fit.channels].reshape(len(y), -1)
     if minus is not None:
-        target = target - minus
-    laid = _laid_out(target, fit)
-    group = fit.request.group
-    y = _drawn(GramRequest(fit.target, laid.shape[-1] // group, group=group), laid, limit, seed)
-    if len(x) != len(y) or x.ndim != y.ndim:
+        y = y - _columns(fit, minus, limit, seed)
+    if len(x) != len(y) or y.shape[1] % fit.request.group:
         raise DataError(
             f"a layer's input gives {len(x)} rows where its target has {len(y)}",
             at=f"layer '{fit.label}', tensors '{fit.request.tensor}' and '{fit.target}'",
         )
+    y = y.reshape(len(y), fit.request.group, -1)
     usable = (np.abs(x) < LARGEST).all(axis=(1, 2)) & (np.abs(y) < LARGEST).all(axis=(1, 2))
     return (x, y) if usable.all() else (x[usable], y[usable])
 
@@ -159,6 +158,12 @@ def _drawn(request: GramRequest, values: Array, limit: int, seed: Sequence[int])
     """Return rows of a tensor; the same draw for all tensors of as many rows."""
     chunks = list(row_chunks(request, values, limit, np.random.default_rng(list(seed))))
     return np.concatenate(chunks) if chunks else np.zeros((0, request.group, request.width), np.float32)
+
+
+def _columns(fit: Fit, target: Array, limit: int, seed: Sequence[int]) -> Array:
+    """Return rows of a target, all groups side by side: (rows, channels), of blocks (rows, channels × block…)."""
+    laid = _laid_out(target, fit)
+    return _drawn(GramRequest(fit.target, laid.shape[-1]), laid, limit, seed)[:, 0]
 
 
 def _laid_out(target: Array, fit: Fit) -> Array:

@@ -1,7 +1,8 @@
 """Twins of pruned models that owe nothing to the analysis: what was cut is read off the weights.
 
 Random weights hardly ever hold a number twice, so a smaller weight tells by its numbers which slices of the larger one
-it is.  `slices` reads that for every constant input of every layer that both models have, by the layer's name, or that of its output.
+it is.  `slices` reads that for every constant input of every layer that both models have, by the name of the layer or
+of its output.
 """
 
 from __future__ import annotations

@@ -241,7 +241,9 @@ def _computed_reshape(place: Place, out: Dims) -> Patch:
         sizes = _cut_shape(source.shape, place.kept(0))  # type: ignore[arg-type]
         found = constant_target(sizes, wanted, allowzero=allowzero)  # type: ignore[arg-type]
         if not isinstance(found, str):
-            return place.setting("shape", np.array(found, np.int64))
+            patch = place.setting("shape", np.array(found, np.int64))
+            patch.attrs.update({"allowzero": None} if allowzero else {})  # its zeros are axes that stay
+            return patch
     open_ended = [axis for axis in place.out_kept(0) if not isinstance(out[axis], int)]
     if not open_ended:
         return Patch(blends={1: _blend(out, place.out_kept(0))})
@@ -266,28 +268,21 @@ def _target(port: int) -> Callable[[Place], Patch]:
     def patch(place: Place) -> Patch:
         if not place.has(port) or not place.out_kept(0):
             return Patch()
-        out = place.out_after(0)
+        out, target = place.out_after(0), array_of(place.node.inputs[port])
+        length = place.number(place.before(port), 0)
         axes = place.attr("axes", None) if place.node.op == "Resize" else None
-        if axes is not None:
-            out = tuple(out[axis] for axis in axes)
-        target = array_of(place.node.inputs[port])
+        named = [axis % len(out) for axis in (range(-length, 0) if axes is None else axes)]
+        if length > len(out):
+            raise RefusedError(f"the target of {place.node.op} is longer than its output's shape")
+        cut = [at for at, axis in enumerate(named) if axis in place.out_kept(0)]
         if target is None:
-            return _blended(place, port, out)
+            return Patch(blends={port: _blend([out[axis] for axis in named], cut)}) if cut else Patch()
         wanted = target.copy()
-        for back in range(-min(len(target), len(out)), 0):
-            if target[back] not in (1, -1) and len(out) + back in place.out_kept(0):
-                wanted[back] = place.number(out, len(out) + back)
+        for at in cut:
+            wanted[at] = place.number(out, named[at]) if target[at] not in (1, -1) else target[at]
         return Patch() if np.array_equal(wanted, target) else Patch(inputs={port: wanted})
 
     return patch
-
-
-def _blended(place: Place, port: int, out: Dims) -> Patch:
-    length = place.number(place.before(port), 0)
-    if length > len(out):
-        raise RefusedError(f"the target of {place.node.op} is longer than its output's shape")
-    lead = len(out) - length
-    return Patch(blends={port: _blend(out[lead:], [axis - lead for axis in place.out_kept(0) if axis >= lead])})
 
 
 def _tile(place: Place) -> Patch:

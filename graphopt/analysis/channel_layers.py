@@ -35,7 +35,8 @@ def letters(place: Place, inputs: Mapping[int, str], outputs: Sequence[str], bia
     for port, text in inputs.items():
         for letter, axis in zip(text, place.into(port) or (), strict=True):
             if letter == ".":
-                place.ties.freeze(axis, f"{place.name} {'has its kernel' if place.weight(port) else 'slides'} along it")
+                kernel = place.weight(port)
+                place.ties.freeze(axis, "kernels lie along it" if kernel else f"{place.name} slides along it")
     for letter in sorted({*inside, *outside} - {".", "_"}):
         _tie_all(place, [*(axis for _, axis in inside.get(letter, [])), *outside.get(letter, [])])
         if letter not in outside:
@@ -126,7 +127,7 @@ def _groups(
         group: number of groups.
     """
     shared = place.ties.virtual(group)
-    if inner[1] > 1 or outer[1] > 1:
+    if inner[1] > 1:  # else each channel is a group
         place.ties.tag(shared, "groups")
     for fine, (axis, size) in ((read, inner), (made, outer)):
         if fine == ONE:

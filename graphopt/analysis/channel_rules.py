@@ -141,6 +141,10 @@ def layer_norm(place: Place) -> None:
     broadcast(place, [port for port in (0, 1, 2) if place.has(port)])
 
 
+STATISTICS = frozenset({"ReduceMean", "ReduceL2"})
+"""Reductions that norms are written with, and that mean much the same over fewer channels."""
+
+
 def reduction(place: Place) -> None:
     """The axes that are left go on; with `keepdims` at their place."""
     x, out = place.into(0), place.out(0)
@@ -151,6 +155,12 @@ def reduction(place: Place) -> None:
     reduced = {int(a) % len(x) for a in given.reshape(-1)} if given is not None else set()
     if not reduced and not place.attr("noop_with_empty_axes", 0):
         reduced = set(range(len(x)))
+    if place.normalization and place.node.op in STATISTICS and place.attr("keepdims", 1):
+        for at in reduced:
+            if x[at] >= 0:
+                place.ties.touched.add(x[at])
+                place.ties.inexact.setdefault(x[at], f"{place.name} takes statistics over it")
+        reduced = set()
     _reduce(place, x, out, reduced, "works over it")
 
 

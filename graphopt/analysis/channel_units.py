@@ -201,15 +201,15 @@ def _follow(lead: int, kinds: Sequence[Sequence[int]], alive: Mapping[int, int])
 def _revise(families: Sequence[_Family], found: Units, of_axis: Array) -> bool:
     """Note what each family's choice left, and let those that have too little try their next; tell whether any does.
 
-    A family that has tried all goes back to the first that left enough, else to the one that left most.
+    A family that has tried all goes back to the first that left enough, else to the first that left anything.
     """
     changed = False
     for family in families:
         if family.chosen == len(family.scores):  # not judged yet
             family.scores.append(_score(family, found, of_axis))
-        best = max(family.scores)
-        wanted = family.scores.index(best)
-        if best < FEWEST and len(family.scores) < min(len(family.options), MOST_ROUNDS):
+        enough = next((least for least in (FEWEST, 2) if max(family.scores) >= least), 0)
+        wanted = next(i for i, score in enumerate(family.scores) if score >= enough)
+        if enough < FEWEST and len(family.scores) < min(len(family.options), MOST_ROUNDS):
             wanted = len(family.scores)
         changed |= wanted != family.chosen
         family.chosen = wanted

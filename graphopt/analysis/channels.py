@@ -206,6 +206,7 @@ class _Listing:
         self.fixed = fixed
         self.units = units
         self.roles = [ties.roles.get(i, a.role) if a.role != "carries" else a.role for i, a in enumerate(ties.axes)]
+        self._numbers = np.full(len(units.reason), -1, np.int64)
         self.members: dict[int, list[int]] = {}
         for number, kind in enumerate(units.of_axis):
             self.members.setdefault(int(kind), []).append(number)
@@ -236,26 +237,27 @@ class _Listing:
                 found.append(group)
         return _named([group for _, group in sorted(found, key=lambda item: item[0])])
 
-    def _group(self, number: int, classes: Array, group_of: Array) -> tuple[int, Group] | None:
-        """Return the first axis that makes a group and the group, None where no layer makes it."""
+    def _group(self, number: int, classes: Array, group_of: Array) -> tuple[tuple[int, int], Group] | None:
+        """Return the first axis and index that make a group, and the group; None where no layer makes it."""
         axes = sorted(a for kind in classes for a in self.members[int(kind)] if self.ties.axes[a].tensor is not None)
         makes = [a for a in axes if self.roles[a] == "makes"]
         if not makes:
             return None
         first = self.units.unit[self.units.atoms(int(self.units.of_axis[makes[0]]))]
-        mine = first[group_of[first] == number]
-        _, places = np.unique(mine, return_index=True)
-        numbers = mine[np.sort(places)]  # in the order of the first layer's channels
-        at = np.full(len(self.units.reason), -1, np.int64)
-        at[numbers] = np.arange(len(numbers))
-        arrays = {int(kind): at[self.units.unit[self.units.atoms(int(kind))]] for kind in classes}
+        at = np.flatnonzero(group_of[first] == number)
+        _, places = np.unique(first[at], return_index=True)
+        places = at[np.sort(places)]
+        numbers = first[places]  # in the order of the first layer's channels
+        self._numbers[numbers] = np.arange(len(numbers))
+        arrays = {int(kind): self._numbers[self.units.unit[self.units.atoms(int(kind))]] for kind in classes}
+        self._numbers[numbers] = -1
         sites = tuple(self._site(a, arrays[int(self.units.of_axis[a])]) for a in axes)
         why = self._why(numbers, sites)
         tags = {self.ties.tags[a] for a in self._tagged if int(self.units.of_axis[a]) in arrays}
         kind = next((k for k in KINDS if k in tags), KINDS[-1])
         inexact = next((self.ties.inexact[a] for a in axes if a in self.ties.inexact), "")
         name = label(self._layer(makes[0]))
-        return makes[0], Group(name, len(numbers), sites, kind, why, inexact)
+        return (makes[0], int(places[0])), Group(name, len(numbers), sites, kind, why, inexact)
 
     def _layer(self, axis: int) -> gs.Node:
         """Return the layer that a weight is for, behind what decodes it."""

@@ -1,4 +1,4 @@
-"""Layers that two thinner ones could stand for: matrix products and convolutions with a constant weight."""
+"""Layers that two thinner ones could stand for: products, convolutions and look-ups with a constant weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphopt.analysis.constants import array_of, constant_node, is_constant, no
 from graphopt.analysis.quantized import dequantized
 from graphopt.edit import is_output, label
 from graphopt.layer_inputs import GramRequest, Window, request_of
-from graphopt.low_rank import WIDEST, Split, conv_splits, product_split
+from graphopt.low_rank import WIDEST, Split, conv_splits, product_split, table_split
 from graphopt.ops import is_standard
 from graphopt.tensors import is_float
 
@@ -24,6 +24,7 @@ MARK = "graphopt.factorized"
 """Metadata of both factors: which one, how, of which rank, and the request that asked for it."""
 
 OPS = ("Conv", "Gemm", "MatMul")
+TABLES = ("Gather",)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Factorable:
     """A layer, and the ways to factorise it.
 
     Attributes:
-        node: Conv, Gemm or MatMul with its weight at input 1.
+        node: Conv, Gemm or MatMul with its weight at input 1, or a Gather of rows of its input 0.
         label: how reports call it.
         shape: of the weight, as it is stored.
         splits: the ways, each of which may save work at some rank.
@@ -57,6 +58,11 @@ class Factorable:
     why: str = ""
 
     @property
+    def port(self) -> int:
+        """Which input is the weight."""
+        return 0 if is_standard(self.node, *TABLES) else 1
+
+    @property
     def transposed(self) -> bool:
         """Whether the weight is stored as (outputs, inputs)."""
         return is_standard(self.node, "Gemm") and bool(self.node.attrs.get("transB", 0))
@@ -65,11 +71,11 @@ class Factorable:
     def outputs(self) -> int:
         """Number of outputs."""
         split = self.splits[0]
-        return split.shape[1] if split.way == "product" else split.shape[0]
+        return split.shape[1] if split.flat else split.shape[0]
 
     def weight(self) -> Array:
         """Return what the layer multiplies with: (inputs, outputs), or as a Conv has it; in the stored type."""
-        values = array_of(self.node.inputs[1])
+        values = array_of(self.node.inputs[self.port])
         assert values is not None
         if not is_standard(self.node, "Gemm"):
             return values
@@ -85,12 +91,14 @@ class Factorable:
         assert values is not None
         return np.broadcast_to(values.astype(np.float64).reshape(-1), (self.outputs,)) * self.bias.scale
 
-    def request(self, split: Split) -> tuple[GramRequest, bool]:
+    def request(self, split: Split) -> tuple[GramRequest, bool] | None:
         """Return the second moments that a split is chosen by, and whether they are of the layer's output.
 
-        Those of the smaller side, where both would do: an output holds its bias, which must be known then.
+        None for tables, whose rows all count, whether samples name them or not.  Those of the smaller side, where both would do: an output holds its bias, which must be known then.
         """
         node, (rows, columns) = self.node, split.size
+        if split.way == "table":
+            return None
         if split.way == "narrow":
             return GramRequest(node.inputs[0].name, rows, axis=1), False
         found = request_of(node, self.shape)
@@ -112,17 +120,20 @@ def _vertical(window: Window) -> Window:
     )  # fmt: skip
 
 
-def find(graph: gs.Graph, metadata: Mapping[int, Mapping[str, str]] | None = None) -> Iterator[Factorable]:
+def find(
+    graph: gs.Graph, metadata: Mapping[int, Mapping[str, str]] | None = None, *, tables: bool = False
+) -> Iterator[Factorable]:
     """Yield the layers of a graph that have a constant weight, with what stands against factorising them.
 
     Args:
         graph: the graph, not its subgraphs.
         metadata: of nodes by id, where some are factors already.
+        tables: whether embedding tables count.
     """
     for node in graph.nodes:
-        if not is_standard(node, *OPS) or len(node.inputs) < 2:
+        if len(node.inputs) < 2 or not is_standard(node, *OPS, *(TABLES if tables else ())):
             continue
-        found = _layer(graph, node)
+        found = _table(node) if is_standard(node, *TABLES) else _layer(graph, node)
         if found is None:
             continue
         if metadata is not None and MARK in metadata.get(id(node), {}):
@@ -159,6 +170,19 @@ def _layer(graph: gs.Graph, node: gs.Node) -> Factorable | None:
     return Factorable(node, name, shape, solvable, _bias(graph, node, solvable[0]))
 
 
+def _table(node: gs.Node) -> Factorable | None:
+    """Return an embedding table, None for nodes that look something else up."""
+    held = held_type(node.inputs[0])
+    if held is None or not is_float(held[0]) or len(held[1]) != 2 or is_constant(node.inputs[1]):
+        return None
+    if refers(node) or node.attrs.get("axis", 0) not in (0, -2):
+        return Factorable(node, label(node), held[1], why="its columns are looked up, not its rows")
+    split = table_split(*held[1])
+    if split.limit < 1 or min(split.size) > WIDEST:
+        return Factorable(node, label(node), held[1], why="no rank would save bytes")
+    return Factorable(node, label(node), held[1], (split,))
+
+
 def held_type(tensor: gs.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
     """Return type and shape of a constant, None for anything else; its values are not read."""
     holder = constant_node(tensor)
@@ -187,7 +211,7 @@ def _why_not(node: gs.Node, dtype: np.dtype[Any], shape: tuple[int, ...]) -> str
 
 def _bias(graph: gs.Graph, node: gs.Node, split: Split) -> Bias | None:
     """Return where the bias stands: at the node itself, or at an Add of a constant that alone reads its output."""
-    outputs = split.shape[1] if split.way == "product" else split.shape[0]
+    outputs = split.shape[1] if split.flat else split.shape[0]
     if not is_standard(node, "MatMul"):
         scale = float(node.attrs.get("beta", 1.0)) if is_standard(node, "Gemm") else 1.0
         if len(node.inputs) < 3 or node.inputs[2].is_empty():

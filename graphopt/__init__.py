@@ -23,8 +23,11 @@ from graphopt.timing import bench
 from graphopt.validate import validate
 
 if TYPE_CHECKING:
+    from graphopt.factorizer import factorize
+    from graphopt.pruner import prune
     from graphopt.quality import Bound
     from graphopt.quantizer import quantize
+    from graphopt.sparsifier import sparsify
 
 __version__ = "0.1.0"
 del _interrupt
@@ -48,17 +51,26 @@ __all__ = [
     "bench",
     "bisect",
     "explain",
+    "factorize",
     "inspect",
     "load",
     "load_plugin",
     "load_samples",
     "optimize",
+    "prune",
     "quantize",
     "register",
+    "sparsify",
     "validate",
 ]
 
-_LATER = {"Bound": "graphopt.quality", "quantize": "graphopt.quantizer"}
+_LATER = {
+    "Bound": "graphopt.quality",
+    "factorize": "graphopt.factorizer",
+    "prune": "graphopt.pruner",
+    "quantize": "graphopt.quantizer",
+    "sparsify": "graphopt.sparsifier",
+}
 """Public names whose modules are imported when they are first asked for: they take as long as all others together."""
 
 

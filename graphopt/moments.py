@@ -51,7 +51,7 @@ class Moments:
         x_sum: (group, width).
         y_sum: (group, outputs).
         yy: sums of squares, (group, outputs).
-        x_origin: what was taken off each row of X before (group, width).
+        x_origin: what was taken off each row of X before (group, width), numbers that float32 has.
         y_origin: the same of Y (group, outputs).
         count: number of rows.
     """
@@ -68,6 +68,7 @@ class Moments:
     @classmethod
     def empty(cls, x_origin: Array, y_origin: Array) -> Moments:
         """Return the moments of no rows, to be taken from these origins."""
+        x_origin, y_origin = (v.astype(np.float32).astype(np.float64) for v in (x_origin, y_origin))
         group, width = x_origin.shape
         outputs = y_origin.shape[1]
         return cls(
@@ -83,14 +84,20 @@ class Moments:
 
     def add(self, x: Array, y: Array) -> None:
         """Add rows: float, (rows, group, width) and (rows, group, outputs)."""
-        x = (x - self.x_origin).astype(np.float32).transpose(1, 0, 2)
-        y = (y - self.y_origin).astype(np.float32).transpose(1, 0, 2)
-        turned = x.transpose(0, 2, 1)
-        self.xx += turned @ x
-        self.xy += turned @ y
+        x = np.ascontiguousarray((x - self.x_origin.astype(np.float32)).transpose(1, 0, 2), np.float32)
+        y = np.ascontiguousarray((y - self.y_origin.astype(np.float32)).transpose(1, 0, 2), np.float32)
+        if len(x) == 1:
+            self.xx[0] += x[0].T @ x[0]
+            self.xy[0] += x[0].T @ y[0]
+        else:  # many small products: one for both
+            both = np.concatenate([x, y], axis=2)
+            product = both.transpose(0, 2, 1) @ both
+            width = x.shape[2]
+            self.xx += product[:, :width, :width]
+            self.xy += product[:, :width, width:]
         self.x_sum += x.sum(axis=1, dtype=np.float64)
         self.y_sum += y.sum(axis=1, dtype=np.float64)
-        self.yy += np.square(y, dtype=np.float64).sum(axis=1)
+        self.yy += np.einsum("gro,gro->go", y, y, dtype=np.float64)
         self.count += x.shape[1]
 
     @property

@@ -34,6 +34,7 @@ __all__ = [
     "allowed_counts",
     "candidates",
     "choose",
+    "choose_by_loss",
     "elements_per_unit",
     "keep_first",
 ]
@@ -275,9 +276,46 @@ def allocate(
     return found
 
 
+def choose_by_loss(
+    groups: Sequence[Group],
+    curves: Mapping[str, Curve],
+    *,
+    ratio: float,
+    of: str = "macs",
+    round_to: int = 0,
+    least: int = 1,
+    macs: MacsModel,
+    provider: str = "cpu",
+) -> Allocation:
+    """Return the counts of least summed loss with a part of the channels, parameters or MACs removed.
+
+    Args:
+        groups: those that may be cut, as they are now.
+        curves: by group, from `channel_losses.losses`.
+        ratio: part to remove, 0 <= ratio < 1, of `macs` with its own sizes: those of the model at first.
+        of: what of: `channels`, `params` or `macs`.
+        round_to: multiple that is kept; 0 for the target's.
+        least: units that are kept at least.
+        macs: the model's costs.
+        provider: short name of the target's execution provider.
+
+    Raises:
+        SpecError: an option that is out of range or unknown.
+        GateMissedError: so much cannot be removed; the error says what can.
+    """
+    _check(ratio, of, "global")
+    cost = macs.polynomial(of)
+    whole = cost.at({})
+    cheapest = cost.at({g.name: allowed_counts(g, round_to, least, provider)[-1] for g in groups})
+    bound = (1.0 - ratio) * whole
+    if cheapest > bound * (1.0 + _SLACK):
+        raise _too_much(ratio, 1.0 - cheapest / whole if whole else 0.0, MEASURES[of])
+    return allocate(groups, curves, cost, bound, round_to=round_to, least=least, provider=provider)
+
+
 def candidates(counts: Sequence[int]) -> list[int]:
     """Return some ten counts, the whole group first."""
-    return sorted({_nearest(counts, part * counts[0]) for part in OPTIONS}, reverse=True)
+    return sorted({_nearest(counts, part * counts[0]) for part in OPTIONS} | {counts[-1]}, reverse=True)
 
 
 def _within(

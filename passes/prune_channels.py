@@ -19,8 +19,9 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analysis.channels import Group, find_groups
 from graphopt.base import Change, Context, Exactness, Loss, Pass
-from graphopt.channel_choice import choose, elements_per_unit, keep_first
+from graphopt.channel_choice import choose, choose_by_loss, elements_per_unit, keep_first
 from graphopt.channel_costs import MacsModel
+from graphopt.channel_losses import Curve, losses
 from graphopt.errors import DataError, ModelError, SpecError, did_you_mean
 from graphopt.importance import COMBINES, CRITERIA, scores
 from graphopt.kept import groups as groups_cut
@@ -59,7 +60,8 @@ class PruneChannels(Pass):
         ratio: part that is removed, of what `of` says.
         of: channels (units of groups), params or macs.
         criterion: what makes a unit matter, see `graphopt.importance`.
-        spread: global ranks the units of all groups together, local takes about the same part of each.
+        spread: global ranks the units of all groups together (obs: takes the counts that least disturb the outputs),
+            local takes about the same part of each.
         aggregate: how the sites of a unit come together: sum, mean, max or l2.
         round_to: channels that stay are a multiple of it; 0 for what suits the target.
         least: units that stay in each group at least.
@@ -252,6 +254,7 @@ class _Choice:
     def __init__(self, asked: PruneChannels, ctx: Context) -> None:
         self.asked, self.ctx = asked, ctx
         self._scores: dict[str, Array] = {}
+        self._curves: dict[str, Curve] = {}
 
     def of(self, groups: Sequence[Group]) -> dict[str, Array]:
         """Return the units that stay of each group that loses some."""
@@ -282,6 +285,8 @@ class _Choice:
         polynomial = costs.polynomial(asked.of)
         if polynomial.at(now) <= (1.0 - asked.ratio) * polynomial.at({}) * (1.0 + SLACK):
             return {}
+        if asked.criterion == "obs" and asked.spread == "global":
+            return self._by_loss(groups, costs)
         values = self._scored(groups)
         ranked = {
             group.name: np.append(values[group.name], np.full(first.size - group.size, -np.inf))
@@ -292,6 +297,17 @@ class _Choice:
             least=asked.least, macs=costs, provider=self.ctx.target.provider,
         )  # fmt: skip
         return {name: len(stay) for name, stay in kept.items()}
+
+    def _by_loss(self, groups: Sequence[Group], costs: MacsModel) -> dict[str, int]:
+        """Return the counts that least disturb the model's outputs, as measured on samples."""
+        missing = [group for group in groups if group.name not in self._curves]
+        self._curves.update(losses(missing, self.ctx) if missing else {})
+        self._scores.update({group.name: self._curves[group.name].scores for group in groups})
+        asked = self.asked
+        return choose_by_loss(
+            groups, self._curves, ratio=asked.ratio, of=asked.of, round_to=asked.round_to, least=asked.least,
+            macs=costs, provider=self.ctx.target.provider,
+        ).counts  # fmt: skip
 
 
 def _as_it_was(group: Group) -> Group:

@@ -284,15 +284,13 @@ def sparse_form(values: np.ndarray[Any, Any], name: str) -> onnx.SparseTensorPro
     """Return floats as a sparse tensor under `name`; None where that is not smaller.
 
     Each element takes its place (int64, in the flat tensor) beside its value: it is smaller below a third of float32.
-    What has another bit pattern than +0 is stored, -0 too, so that the very same values come back.
+    A negative zero, which a mask multiplied with leaves, comes back as a positive one.
     """
     if values.dtype.kind != "f" or values.ndim == 0:
         return None
-    bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}").reshape(-1)
-    count = int(np.count_nonzero(bits))
-    if count * (8 + values.dtype.itemsize) + SPARSE_OVERHEAD >= values.nbytes:
+    places = np.flatnonzero(values).astype(np.int64)
+    if len(places) * (8 + values.dtype.itemsize) + SPARSE_OVERHEAD >= values.nbytes:
         return None
-    places = np.flatnonzero(bits).astype(np.int64)
     out = onnx.SparseTensorProto(dims=values.shape)
     encode_into(out.values, np.ascontiguousarray(values).reshape(-1)[places], name)
     encode_into(out.indices, places, "")

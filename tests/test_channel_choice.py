@@ -48,7 +48,7 @@ def network(first: int = 16, second: int = 32, seed: int = 0) -> Model:
         "b2": (second,), "w3": (second, 5), "b3": (5,),
     }  # fmt: skip
     for name, shape in shapes.items():
-        values = (rng.normal(size=shape) / np.sqrt(max(np.prod(shape[1:]), 1))).astype(np.float32)
+        values = (rng.normal(size=shape) / np.sqrt(max(int(np.prod(shape[1:])), 1))).astype(np.float32)
         proto.graph.initializer.append(numpy_helper.from_array(values, name))
     return load(proto)
 

@@ -66,6 +66,9 @@ def factorize(
     energy: Annotated[
         float | None, typer.Option(metavar="X", help="part of its outputs' power that each layer keeps: 0.99")
     ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="factorise embedding tables, too: smaller, not faster")
+    ] = False,
     only: Names = None,
     skip: Names = None,
     measure: Annotated[
@@ -108,7 +111,7 @@ def factorize(
         result = run_factorize(
             load(model, custom_ops=custom_ops or ()), data=data, max_error=max_error,
             bound=Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss), rank=rank, energy=energy,
-            target_latency=target_latency, only=tuple(only or ()), skip=tuple(skip or ()), measure=measure,
+            target_latency=target_latency, embeddings=embeddings, only=tuple(only or ()), skip=tuple(skip or ()), measure=measure,
             provider=provider, threads=thread_counts(threads) or 1, contrib=contrib, shapes=shapes(shape), batch=batch,
             budget=budget, seed=seed, decisions=decisions, progress=progress,
         )  # fmt: skip

@@ -46,6 +46,9 @@ GAIN = 0.97
 UNMEASURED_GAIN = 0.7
 """The same of MACs, where nothing is timed: two kernels are started instead of one."""
 
+SIZE = 1e-12
+"""Seconds that a whole table counts for: what no layer needs of the bound goes to tables, where these are asked for."""
+
 ROOM = 4.0
 """Losses up to this multiple of what the bound seems to allow stay in the choice: they add up only about."""
 
@@ -192,6 +195,11 @@ class FactorChoice:
         """Time what is left; leave out what is not faster."""
         asked = []
         for choice in self.open:
+            if choice.layer.splits[0].way == "table":
+                choice.seconds = 0.0
+                for one in choice.candidates:
+                    one.seconds = (one.rank * one.solved.split.macs / one.solved.split.whole - 1.0) * SIZE
+                continue
             ways: dict[Split, list[int]] = {}
             for one in choice.candidates:
                 ways.setdefault(one.solved.split, []).append(one.rank)
@@ -200,7 +208,7 @@ class FactorChoice:
             return
         times = self._measured(asked) if self.request.measure else _counted(asked)
         most = GAIN if self.request.measure else UNMEASURED_GAIN
-        for choice in self.open:
+        for choice in [self.choices[layer.label] for layer, _ in asked]:
             label = choice.layer.label
             choice.seconds = times.whole[label]
             for one in choice.candidates:

@@ -22,6 +22,7 @@ class FactorizeRequest(LossyRequest):
         rank: the rank of every layer.
         energy: part of its outputs' power that each layer keeps.
         target_latency: part of the lossless model's measured time.
+        embeddings: whether tables that are looked up in get factors, too, for size.
         sampled: whether there are samples.
         only, skip: globs of layer names.
 
@@ -33,6 +34,7 @@ class FactorizeRequest(LossyRequest):
     rank: int | None = None
     energy: float | None = None
     target_latency: float | None = None
+    embeddings: bool = False
     sampled: bool = False
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()

@@ -109,7 +109,7 @@ def _opened(model: Model, labels: Sequence[str]) -> tuple[Model, dict[str, _Plac
     """Return a copy whose layers have weights and biases of their own, as `Factorable` gives them; and their names."""
     copy = model.copy()
     chosen, places = set(labels), {}
-    for number, layer in enumerate(list(find(copy.graph))):
+    for number, layer in enumerate(list(find(copy.graph, tables=True))):
         if layer.label in chosen and not layer.why:
             places[layer.label] = _open(layer, f"graphopt.trial.{number}")
     return copy, places
@@ -120,7 +120,7 @@ def _open(layer: Factorable, name: str) -> _Place:
     if is_standard(node, "Gemm"):
         for attribute in ("alpha", "beta", "transB") if layer.bias is not None else ("alpha", "transB"):
             node.attrs.pop(attribute, None)
-    node.inputs[1] = gs.Constant(f"{name}.weight", weight)
+    node.inputs[layer.port] = gs.Constant(f"{name}.weight", weight)
     if layer.bias is None:
         return _Place(f"{name}.weight", weight.dtype)
     place = layer.bias

@@ -67,6 +67,7 @@ def factorize(
     rank: int | None = None,
     energy: float | None = None,
     target_latency: float | None = None,
+    embeddings: bool = False,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     measure: bool = True,
@@ -90,6 +91,7 @@ def factorize(
         rank: the same for every layer, in place of a choice.
         energy: part of its outputs' power that each layer keeps, in place of a choice.
         target_latency: part of the lossless model's measured time to come down to, losing as little as possible.
+        embeddings: whether embedding tables get factors, too: the file gets smaller, the model no faster.
         only: globs of the layers to look at; empty for all.
         skip: globs of layers that stay.
         measure: whether layers and the result are timed; without, MACs stand for time.
@@ -110,7 +112,7 @@ def factorize(
     started = time.perf_counter()
     request = FactorizeRequest(
         bound=bound or Bound(), max_error=max_error, rank=rank, energy=energy, target_latency=target_latency,
-        sampled=data is not None, only=tuple(only), skip=tuple(skip), measure=measure, provider=provider,
+        embeddings=embeddings, sampled=data is not None, only=tuple(only), skip=tuple(skip), measure=measure, provider=provider,
         threads=thread_counts(threads), contrib=contrib, budget=budget, seed=seed,
     )  # fmt: skip
     given = Given.load(model, data, batch=batch, seed=seed, shapes=shapes)
@@ -128,6 +130,7 @@ class _Task(LossyTask):
         super().__init__(given, replace(request, bound=request.judged), progress)
         self.request = request
         self.tried: list[Tried] = []
+        self.notes: list[str] = []
         self.choice: FactorChoice | None = None
         self.base_macs: int | None = None
 
@@ -141,7 +144,8 @@ class _Task(LossyTask):
         self.base_macs = self._macs(base)
         request = self.request
         known = {id(node): base.metadata(node) for node in base.graph.nodes}
-        layers = [layer for layer in find(base.graph, known) if wanted(layer.label, request.only, request.skip)]
+        found = find(base.graph, known, tables=request.embeddings)
+        layers = [layer for layer in found if wanted(layer.label, request.only, request.skip)]
         if (request.only or request.skip) and not layers:
             raise SpecError("no layer has a name like that", at="--only" if request.only else "--skip")
         budget = (1 - LOSSLESS_SHARE) * 2 / 3 * request.budget
@@ -191,7 +195,10 @@ class _Task(LossyTask):
             )
         timing = self.compare([("factors", model)])[0] if self.request.measure else None
         if timing is not None and not faster(timing):
-            return self._nothing(f"not faster than the lossless model: {in_words(timing)}", timing)
+            why = f"not faster than the lossless model: {in_words(timing)}"
+            if not any(one.solved.split.way == "table" for one in picks.values()):
+                return self._nothing(why, timing)
+            self.notes.append(f"{why}; tables were asked for, which make it smaller")
         return self._finished(model, steps, picks, quality, timing)
 
     def _to_latency(self, base: Model) -> Factorized:
@@ -266,7 +273,7 @@ class _Task(LossyTask):
         ranks = tuple(f"{label}={one.name}" for label, one in picks.items())
         dead = spec.PassStep("eliminate-dead")
         steps = (
-            spec.PassStep("factorize-layers", {"ranks": ranks}), dead, *self.lowering(),
+            spec.PassStep("factorize-layers", {"ranks": ranks, "embeddings": self.request.embeddings}), dead, *self.lowering(),
             spec.PassStep("eliminate-common"), dead,
         )  # fmt: skip
         return Pipeline(steps).run(base, samples=self.calibrating, settings=self.settings).model, steps
@@ -280,7 +287,7 @@ class _Task(LossyTask):
         report = self._report(model, self._rows(picks))
         report.pipeline, report.quality, report.timing = str(pipeline), quality, timing
         report.decisions = self.decisions(pipeline).to_dict()
-        report.error = _error(quality)
+        report.error, report.notes = _error(quality), list(self.notes)
         if quality is None:
             report.notes.append("what it costs in accuracy was not judged: there are no samples (--data)")
         return Factorized(model, report)
@@ -305,15 +312,17 @@ class _Task(LossyTask):
     def _rows(self, picks: Picks) -> list[FactorRow]:
         rows = []
         for label, choice in self._chosen().choices.items():
-            micros = choice.seconds * 1e6 if self.request.measure and math.isfinite(choice.seconds) else None
+            timed = self.request.measure and math.isfinite(choice.seconds) and choice.layer.port == 1
+            micros = choice.seconds * 1e6 if timed else None
             one = picks.get(label)
             if one is None:
                 why = choice.why or "its ranks would lose too much beside the others"
                 rows.append(FactorRow(label, choice.layer.node.op, "whole", why, micros))
                 continue
             split = one.solved.split
-            why = f"{one.rank * split.macs / split.whole:.2f} of its MACs"
-            taken = one.seconds * 1e6 if self.request.measure else None
+            what = "numbers" if split.way == "table" else "MACs"
+            why = f"{one.rank * split.macs / split.whole:.2f} of its {what}"
+            taken = one.seconds * 1e6 if micros is not None else None
             rows.append(FactorRow(label, choice.layer.node.op, one.name, why, micros, taken, one.error))
         return rows
 

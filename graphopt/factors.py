@@ -70,8 +70,9 @@ class Solver:
     def solve(self, layer: Factorable, split: Split) -> Solved:
         """Return a layer solved for all ranks."""
         matrix = split.matrix(layer.weight())
-        request, of_output = layer.request(split)
-        gram = self.grams.get(request)
+        asked = layer.request(split)
+        request, of_output = asked if asked is not None else (None, False)
+        gram = None if request is None else self.grams.get(request)
         if gram is None or not gram.count or not np.isfinite(gram.matrix).all():
             return Solved(layer, split, spectrum(matrix))
         moments = gram.matrix / gram.count if layer.bias is None else gram.covariance()
@@ -88,12 +89,12 @@ Asked: TypeAlias = tuple[Factorable, tuple[Split, ...]]
 """A layer, and the ways that it is to be solved in."""
 
 
-def in_parts(asked: Iterable[Asked]) -> Iterator[tuple[list[Asked], list[GramRequest]]]:
+def in_parts(layers: Iterable[Asked]) -> Iterator[tuple[list[Asked], list[GramRequest]]]:
     """Yield layers to be solved together, and the requests of their Gram matrices: within `BUDGET`, or one layer's."""
     part: list[Asked] = []
     requests: dict[GramRequest, None] = {}
-    for layer, splits in asked:
-        own = dict.fromkeys(layer.request(split)[0] for split in splits)
+    for layer, splits in layers:
+        own = dict.fromkeys(asked[0] for split in splits if (asked := layer.request(split)) is not None)
         if part and sum(8 * r.width**2 for r in {**requests, **own}) > BUDGET:
             yield part, list(requests)
             part, requests = [], {}

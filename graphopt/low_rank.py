@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 Array: TypeAlias = np.ndarray[Any, Any]
-Way: TypeAlias = Literal["product", "wide", "narrow", "spatial"]
+Way: TypeAlias = Literal["product", "wide", "narrow", "spatial", "table"]
 
 WIDEST = 6144
 """Size of an eigenvalue problem that is still solved (a minute or two)."""
@@ -144,9 +144,9 @@ class Split:
     """One way to write a layer as two.
 
     Attributes:
-        way: its name.
+        way: its name; `table` is an embedding's, which is looked up in the first factor, and saves only bytes.
         shape: of the weight: (inputs, outputs), or (outputs, channels, kernel…) of a convolution.
-        macs: multiply-accumulates per rank and place of the output.
+        macs: multiply-accumulates per rank and place of the output (of a table: elements that are stored).
         whole: those of the layer as it is.
     """
 
@@ -156,9 +156,14 @@ class Split:
     whole: int
 
     @property
+    def flat(self) -> bool:
+        """Whether the weight is the matrix."""
+        return self.way in ("product", "table")
+
+    @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
-        if self.way == "product":
+        if self.flat:
             return self.shape[0], self.shape[1]
         outputs, channels, *kernel = self.shape
         if self.way == "wide":
@@ -174,7 +179,7 @@ class Split:
 
     def matrix(self, weight: Array) -> Array:
         """Return a weight as the matrix to be factorised, of the same type."""
-        if self.way == "product":
+        if self.flat:
             return weight
         if self.way == "wide":
             return weight.reshape(len(weight), -1).T
@@ -185,7 +190,7 @@ class Split:
     def weights(self, factors: Factors) -> tuple[Array, Array]:
         """Return the weights of the two layers."""
         first, second = factors.first, factors.second
-        if self.way == "product":
+        if self.flat:
             return first, second
         (outputs, channels, *kernel), rank = self.shape, first.shape[1]
         ones = [1] * len(kernel)
@@ -200,7 +205,7 @@ class Split:
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of the two layers' weights at a rank."""
-        if self.way == "product":
+        if self.flat:
             return (self.shape[0], rank), (rank, self.shape[1])
         outputs, channels, *kernel = self.shape
         ones = [1] * len(kernel)
@@ -212,7 +217,7 @@ class Split:
 
     def whole_weight(self, matrix: Array) -> Array:
         """Return a matrix in the weight's own shape."""
-        if self.way == "product":
+        if self.flat:
             return matrix
         outputs, channels, *kernel = self.shape
         if self.way == "wide":
@@ -223,13 +228,18 @@ class Split:
 
     def summed(self, row: Array) -> Array:
         """Return what a row of products (columns,) is for each output, its taps added up: (outputs,)."""
-        outputs = self.shape[1] if self.way == "product" else self.shape[0]
+        outputs = self.shape[1] if self.flat else self.shape[0]
         return np.asarray(row.reshape(-1, outputs).sum(axis=0))
 
 
 def product_split(inputs: int, outputs: int) -> Split:
     """Return the split of a matrix product."""
     return Split("product", (inputs, outputs), inputs + outputs, inputs * outputs)
+
+
+def table_split(rows: int, columns: int) -> Split:
+    """Return the split of an embedding table."""
+    return Split("table", (rows, columns), rows + columns, rows * columns)
 
 
 def conv_splits(shape: Sequence[int], strides: Sequence[int]) -> tuple[Split, ...]:

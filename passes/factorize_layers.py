@@ -3,6 +3,7 @@
     MatMul(x, W) + b       ->  MatMul(MatMul(x, A), B) + b'
     Gemm(x, W, b)          ->  Gemm(MatMul(x, A), B, b')
     Conv(x, W, b), k x k   ->  Conv 1x1 of Conv k x k, Conv k x k of Conv 1x1, Conv 1 x k of Conv k x 1
+    Gather(table, i)       ->  MatMul(Gather(A, i), B)                          only for size, and if asked for
 
 See `graphopt.low_rank` for the algebra and its sources.  The second factor keeps the layer's name, output and bias; the
 first has neither bias nor anything behind it.  Values between the two have variance one in each channel on the samples,
@@ -23,7 +24,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis.factorable import MARK, Factorable, find, wanted
 from graphopt.analysis.shapes import TensorType
 from graphopt.base import Change, Context, Pass
-from graphopt.edit import Edit, drop_declared
+from graphopt.edit import Edit, drop_declared, replace_output
 from graphopt.factors import ROWS, Asked, Solved, Solver, first_form, in_parts, second_form
 from graphopt.low_rank import Split, rounded
 from graphopt.ops import is_standard
@@ -60,6 +61,7 @@ class FactorizeLayers(Pass):
         method: `samples` (activation-aware), `weights` (singular values), or `auto`: samples where there are some.
         rows: taken at most of each tensor and sample, drawn at random, 0 for all.
         round_to: what ranks are multiples of; 0 for 16, 4 or 1, by the layer's size.
+        embeddings: whether tables that Gather reads get factors, too: smaller, not faster.
         only, skip: globs of layer names.
     """
 
@@ -74,6 +76,7 @@ class FactorizeLayers(Pass):
     method: str = "auto"
     rows: int = ROWS
     round_to: int = 0
+    embeddings: bool = False
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -103,7 +106,8 @@ class FactorizeLayers(Pass):
         asked: list[Asked] = []
         gone: set[int] = set()
         named = parsed(self.ranks)
-        for layer in find(graph, {id(node): ctx.model.metadata(node) for node in graph.nodes}):
+        known = {id(node): ctx.model.metadata(node) for node in graph.nodes}
+        for layer in find(graph, known, tables=self.embeddings):
             if not wanted(layer.label, self.only, self.skip) or (named and layer.label not in named):
                 continue
             splits = self._splits(layer, named)
@@ -137,7 +141,7 @@ class FactorizeLayers(Pass):
         way = named[layer.label][0] if layer.label in named else self.way
         if way == "auto" and self.rank:
             return layer.splits[:1]
-        return tuple(split for split in layer.splits if way in ("auto", split.way) or split.way == "product")
+        return tuple(split for split in layer.splits if way in ("auto", split.way) or split.flat)
 
     def _why_not(self, graph: gs.Graph, layer: Factorable, splits: tuple[Split, ...]) -> str:
         if not splits:
@@ -157,15 +161,16 @@ class FactorizeLayers(Pass):
         solved, rank = min(fitting, key=lambda pair: pair[1] * pair[0].split.macs)
         split = solved.split
         basis = f"on {solved.rows} rows" if solved.rows else "of the weight"
+        unit = "numbers" if split.way == "table" else "MACs for each place"
         why = (
-            f"{rank * split.macs} MACs for each place instead of {split.whole}; "
+            f"{rank * split.macs} {unit} instead of {split.whole}; "
             f"relative error {solved.spectrum.error(rank):.3g} {basis}"
         )
         what = f"rank {rank}" + (f", {split.way}" if split.way != "product" else "")
 
         def apply() -> None:
-            gone.add(id(layer.node.inputs[1]))
-            self._apply(maker, solved, rank)
+            gone.add(id(layer.node.inputs[layer.port]))
+            (self._look_up if split.way == "table" else self._apply)(maker, solved, rank)
 
         return Change(layer.label, what, why, apply)
 
@@ -202,6 +207,19 @@ class FactorizeLayers(Pass):
         for part, told in ((made, "first"), (node, "second")):
             maker.ctx.model.metadata(part)[MARK] = f"{told} {split.way} {rank} {self._request}"
 
+    def _look_up(self, maker: Maker, solved: Solved, rank: int) -> None:
+        """Look rows of the first factor up, and multiply them with the second."""
+        layer, node = solved.layer, solved.layer.node
+        dtype, name, made = layer.weight().dtype, node.inputs[0].name, node.outputs[0]
+        first, second = (weight.astype(dtype) for weight in solved.split.weights(solved.factors(rank)))
+        shape = maker.ctx.shapes.proved(made).shape
+        between = maker.tensor(f"{layer.label}/between", TensorType(dtype, shape and (*shape[:-1], rank)))
+        maker.edit.set_input(node, 0, maker.constant(f"{name}/first", first))
+        replace_output(node, made, between)
+        product = maker.node("MatMul", [between, maker.constant(f"{name}/second", second)], [made], like=[node])
+        for part, told in ((node, "first"), (product, "second")):
+            maker.ctx.model.metadata(part)[MARK] = f"{told} table {rank} {self._request}"
+
 
 def parsed(ranks: tuple[str, ...]) -> dict[str, tuple[str, int]]:
     """Return LABEL=RANK and LABEL=WAY:RANK as label -> (way, rank).
@@ -214,7 +232,7 @@ def parsed(ranks: tuple[str, ...]) -> dict[str, tuple[str, int]]:
         name, _, value = item.rpartition("=")
         way, _, rank = value.rpartition(":")
         way = way or "auto"
-        if not name or not rank.isdigit() or int(rank) < 1 or way not in (*WAYS, "product"):
+        if not name or not rank.isdigit() or int(rank) < 1 or way not in (*WAYS, "product", "table"):
             raise ValueError(f"ranks are LABEL=RANK or LABEL=WAY:RANK, not {item!r}")
         found[name] = (way, int(rank))
     return found

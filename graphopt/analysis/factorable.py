@@ -94,7 +94,8 @@ class Factorable:
     def request(self, split: Split) -> tuple[GramRequest, bool] | None:
         """Return the second moments that a split is chosen by, and whether they are of the layer's output.
 
-        None for tables, whose rows all count, whether samples name them or not.  Those of the smaller side, where both would do: an output holds its bias, which must be known then.
+        None for tables, whose rows all count, whether samples name them or not.  Those of the smaller side, where both
+        would do: an output holds its bias, which must be known then.
         """
         node, (rows, columns) = self.node, split.size
         if split.way == "table":

@@ -221,6 +221,8 @@ class _Listing:
     def _groups(self) -> list[Group]:
         kinds = np.repeat(np.arange(len(self.units.offset) - 1), np.diff(self.units.offset))
         unit = self.units.unit
+        if not len(unit):
+            return []
         rng = np.random.default_rng(0)  # numbers that stand for classes: sums of equal sets are equal, others differ
         marks = rng.integers(1, 1 << 62, len(self.units.offset), dtype=np.uint64)
         signature = np.zeros(len(self.units.reason), np.uint64)

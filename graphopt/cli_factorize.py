@@ -111,9 +111,9 @@ def factorize(
         result = run_factorize(
             load(model, custom_ops=custom_ops or ()), data=data, max_error=max_error,
             bound=Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss), rank=rank, energy=energy,
-            target_latency=target_latency, embeddings=embeddings, only=tuple(only or ()), skip=tuple(skip or ()), measure=measure,
-            provider=provider, threads=thread_counts(threads) or 1, contrib=contrib, shapes=shapes(shape), batch=batch,
-            budget=budget, seed=seed, decisions=decisions, progress=progress,
+            target_latency=target_latency, embeddings=embeddings, only=tuple(only or ()), skip=tuple(skip or ()),
+            measure=measure, provider=provider, threads=thread_counts(threads) or 1, contrib=contrib,
+            shapes=shapes(shape), batch=batch, budget=budget, seed=seed, decisions=decisions, progress=progress,
         )  # fmt: skip
     if output is not None:
         result.save(output)

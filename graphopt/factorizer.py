@@ -112,8 +112,8 @@ def factorize(
     started = time.perf_counter()
     request = FactorizeRequest(
         bound=bound or Bound(), max_error=max_error, rank=rank, energy=energy, target_latency=target_latency,
-        embeddings=embeddings, sampled=data is not None, only=tuple(only), skip=tuple(skip), measure=measure, provider=provider,
-        threads=thread_counts(threads), contrib=contrib, budget=budget, seed=seed,
+        embeddings=embeddings, sampled=data is not None, only=tuple(only), skip=tuple(skip), measure=measure,
+        provider=provider, threads=thread_counts(threads), contrib=contrib, budget=budget, seed=seed,
     )  # fmt: skip
     given = Given.load(model, data, batch=batch, seed=seed, shapes=shapes)
     task = _Task(given, request, progress)
@@ -272,10 +272,9 @@ class _Task(LossyTask):
         self.progress("making factors")
         ranks = tuple(f"{label}={one.name}" for label, one in picks.items())
         dead = spec.PassStep("eliminate-dead")
-        steps = (
-            spec.PassStep("factorize-layers", {"ranks": ranks, "embeddings": self.request.embeddings}), dead, *self.lowering(),
-            spec.PassStep("eliminate-common"), dead,
-        )  # fmt: skip
+        options = {"ranks": ranks} | ({"embeddings": True} if self.request.embeddings else {})
+        factors = spec.PassStep("factorize-layers", options)
+        steps = (factors, dead, *self.lowering(), spec.PassStep("eliminate-common"), dead)
         return Pipeline(steps).run(base, samples=self.calibrating, settings=self.settings).model, steps
 
     def _finished(

@@ -83,7 +83,7 @@ PRODUCTS: dict[str, tuple[list[str], dict[str, Array], tuple[int, ...]]] = {
     "matmul": (["MatMul x w y"], {"w": W}, (4, 7, 40)),
     "with a bias": (["MatMul x w p", "Add p b y"], {"w": W, "b": B}, (4, 7, 40)),
     "with a bias before": (["MatMul x w p", "Add b p y"], {"w": W, "b": B.reshape(1, 1, 30)}, (4, 7, 40)),
-    "with one number for a bias": (["MatMul x w p", "Add p b y"], {"w": W, "b": np.array([0.5], np.float32)}, (4, 7, 40)),
+    "with one number for a bias": (["MatMul x w p", "Add p b y"], {"w": W, "b": B[:1]}, (4, 7, 40)),
     "gemm": (["Gemm x w b y"], {"w": W, "b": B}, (5, 40)),
     "gemm without c": (["Gemm x w y"], {"w": W}, (5, 40)),
     "gemm transposed": (["Gemm x w b y transB=1"], {"w": W.T, "b": B}, (5, 40)),
@@ -546,3 +546,22 @@ def test_tables_get_factors_where_that_is_asked_for(shape: tuple[Any, ...]) -> N
     assert again.report.passes[0].changes == 0
     refused = run("factorize-layers{rank=23, embeddings=true}", model).report.passes[0].blocked
     assert "only up to 22 saves" in refused[0]["why"]
+
+
+def test_tables_take_what_the_layers_leave_of_the_bound() -> None:
+    table = of_rank(5, 400, 40) + 1e-4 * of_rank(30, 400, 40)
+    constants = {"t": table, "w": W, "b": B}
+    nodes = [helper.make_node("Gather", ["t", "x"], ["e"], "table"), *parsed(["MatMul e w p", "Add p b y"])]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.INT64, ["N", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 6, 30])],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    feeds = [{"x": RNG.integers(0, 400, (4, 6))} for _ in range(20)]
+    for embeddings in (False, True):
+        report = quick(model, data=feeds, max_error=0.05, embeddings=embeddings, bound=Bound()).report
+        assert any(row.form.startswith("table:") for row in report.layers) == embeddings, report.reason
+        assert report.error is not None or not embeddings
+        assert (report.error or 0.0) <= 0.05
+        assert (report.bytes_after < 0.6 * report.bytes_before) == embeddings

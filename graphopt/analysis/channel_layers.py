@@ -178,3 +178,24 @@ def einsum(place: Place) -> None:
     if not arrow:
         right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
     letters(place, dict(enumerate(terms)), [right])
+
+
+def attention(place: Place) -> None:
+    """Q nhld K nksd V nksv -> Y nhlv, each k for equally many h in a row; of rank 4 only, and without a cache."""
+    q, k, v, y = place.into(0), place.into(1), place.into(2), place.out(0)
+    held = [port for port in (4, 5) if place.has(port)] or [t for t in place.node.outputs[1:] if not t.is_empty()]
+    if any(axes is None or len(axes) != 4 for axes in (q, k, v, y)) or held:
+        place.freeze(f"{place.name} has heads that its inputs do not show, or keeps keys")
+        return
+    assert q is not None and k is not None and v is not None and y is not None  # noqa: PT018  (one fact)
+    why = f"{place.name} has two sizes along it"
+    for a, b in ((q[0], y[0]), (k[0], y[0]), (v[0], y[0]), (v[1], k[1]), (q[1], y[1]), (v[3], y[3])):
+        place.ties.tie(a, b, why)
+    many, few = (place.ties.axes[axis].size if axis >= 0 else 1 for axis in (q[1], k[1]))
+    place.ties.tag(y[1], "heads")
+    place.ties.merge(q[1], [(k[1], np.arange(many) // max(many // few, 1))], place.name)
+    for axis in (q[2], q[3], k[2], k[3], v[2], y[2]):
+        place.ties.freeze(axis, f"{place.name} works along it")
+    mask = place.into(3) if place.has(3) else None
+    if mask is not None and len(mask) >= 3:
+        place.ties.tie(mask[-3], y[1], why)

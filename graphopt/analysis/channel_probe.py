@@ -14,11 +14,11 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analysis.channel_sizes import Block, stand_ins, view_blocks
 from graphopt.analysis.channel_trials import LARGEST, Map, Move, Part, Trial, run
-from graphopt.analysis.constants import Unknown, array_of, is_constant, parameter
+from graphopt.analysis.constants import Unknown, array_of, parameter
 from graphopt.analysis.region import Evaluate
 from graphopt.analysis.shapes import Shapes
 from graphopt.analysis.symbolic_expr import Size
-from graphopt.ops import is_standard
+from graphopt.ops import MOVED_TO_INPUT, is_standard
 
 
 def probe(nodes: Iterable[gs.Node], shapes: Shapes, evaluate: Evaluate, opset: int) -> dict[int, Move]:
@@ -42,6 +42,8 @@ def probe(nodes: Iterable[gs.Node], shapes: Shapes, evaluate: Evaluate, opset: i
         part.found = maps.get(part.trial, Map())
     return found
 
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 Plan: TypeAlias = Callable[[gs.Node, Shapes, int], "Move | None"]
 
@@ -150,9 +152,18 @@ def _split(node: gs.Node, shapes: Shapes, _opset: int) -> Move | None:
     return _simple(shape, [axis], "Split", {"axis": axis}, [known], len(outs))
 
 
+def _given(node: gs.Node, name: str, shapes: Shapes, opset: int) -> Array | Unknown | None:
+    """Return a parameter, one that is computed from known sizes too."""
+    found = parameter(node, name, opset)
+    if isinstance(found, Unknown):
+        known = shapes.symbolic.of(node.inputs[MOVED_TO_INPUT[node.op, name][1]]).known_values
+        return found if known is None else known.astype(np.int64)
+    return found
+
+
 def _slice(node: gs.Node, shapes: Shapes, opset: int) -> Move | None:
     shape = _shape(shapes, node.inputs[0])
-    given = {name: parameter(node, name, opset) for name in ("starts", "ends", "axes", "steps")}
+    given = {name: _given(node, name, shapes, opset) for name in ("starts", "ends", "axes", "steps")}
     if shape is None or isinstance(given["axes"], Unknown):
         return None
     starts = given["starts"]
@@ -177,11 +188,13 @@ def _slice(node: gs.Node, shapes: Shapes, opset: int) -> Move | None:
 def _gather(node: gs.Node, shapes: Shapes, _opset: int) -> Move | None:
     """By constant indices; others have a rule."""
     shape = _shape(shapes, node.inputs[0])
-    if shape is None or not is_constant(node.inputs[1]):
+    if shape is None:
         return None
     axis = int(node.attrs.get("axis", 0)) % max(len(shape), 1)
     sizes = _static(shape, [axis])
     indices = array_of(node.inputs[1])
+    if indices is None and (known := shapes.symbolic.of(node.inputs[1]).known_values) is not None:
+        indices = known.astype(np.int64)
     if sizes is None or indices is None or indices.size > LARGEST >> 8:
         return None
     everywhere, rank = list(range(len(shape))), indices.ndim
@@ -196,7 +209,7 @@ def _tupled(values: Any) -> Any:
 
 
 def _tile(node: gs.Node, shapes: Shapes, opset: int) -> Move | None:
-    shape, repeats = _shape(shapes, node.inputs[0]), parameter(node, "repeats", opset)
+    shape, repeats = _shape(shapes, node.inputs[0]), _given(node, "repeats", shapes, opset)
     if shape is None or not isinstance(repeats, np.ndarray):
         return None
     times = tuple(int(r) for r in repeats.reshape(-1))
@@ -204,10 +217,10 @@ def _tile(node: gs.Node, shapes: Shapes, opset: int) -> Move | None:
 
 
 def _pad(node: gs.Node, shapes: Shapes, opset: int) -> Move | None:
-    shape, pads = _shape(shapes, node.inputs[0]), parameter(node, "pads", opset)
+    shape, pads = _shape(shapes, node.inputs[0]), _given(node, "pads", shapes, opset)
     if shape is None or not isinstance(pads, np.ndarray):
         return None
-    axes = parameter(node, "axes", opset) if opset >= 18 else None
+    axes = _given(node, "axes", shapes, opset) if opset >= 18 else None
     if isinstance(axes, Unknown):
         return None
     places = [int(a) % len(shape) for a in axes.reshape(-1)] if axes is not None else list(range(len(shape)))

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from graphopt.analysis.channel_layers import conv, conv_transpose, einsum, gemm, matmul
+from graphopt.analysis.channel_layers import attention, conv, conv_transpose, einsum, gemm, matmul
 from graphopt.analysis.channel_place import Place, Rule, broadcast
 from graphopt.analysis.channel_recurrent import RECURRENT, recurrent
 from graphopt.analysis.channel_ties import Axes
-from graphopt.analysis.constants import Unknown, parameter
+from graphopt.analysis.constants import Unknown, parameter, scalar_of
 from graphopt.ops import BROADCASTING, REDUCTIONS, UNARY
 
 
@@ -66,7 +66,10 @@ def spatial(place: Place, why: str) -> dict[int, str]:
 
 
 def pool(place: Place) -> None:
-    """Each channel of its own elements alone."""
+    """Each channel of its own elements alone; where the largest stood counts through all channels."""
+    if len([t for t in place.node.outputs if not t.is_empty()]) > 1:
+        place.freeze(f"{place.name} numbers places through all channels")
+        return
     aligned(place, spatial(place, "pools over it"))
 
 
@@ -229,6 +232,33 @@ def ignore(place: Place, ports: Iterable[int]) -> None:
         place.ties.touched.update(place.into(port) or ())
 
 
+def sampled(place: Place) -> None:
+    """GridSample, RoiAlign: each channel by itself, at places that others say."""
+    x, out = place.into(0) or [], place.out(0) or []
+    place.ties.tie(x[1], out[1], f"{place.name} has two sizes along it")
+
+
+def rotary(place: Place) -> None:
+    """RotaryEmbedding of rank 4: the last axis turns."""
+    if len(place.into(0) or ()) != 4:
+        place.freeze(f"{place.name} has heads that its input does not show")
+        return
+    aligned(place, {2: "counts along it", 3: "turns what lies along it"})
+
+
+def cumulative(place: Place) -> None:
+    """CumSum, CumProd: one axis."""
+    x, given = place.into(0) or [], scalar_of(place.node.inputs[1])
+    axes = range(len(x)) if given is None else [int(given) % max(len(x), 1)]
+    aligned(place, dict.fromkeys(axes, "adds up along it"))
+
+
+def triangle(place: Place) -> None:
+    """Trilu: the last two axes."""
+    rank = len(place.into(0) or ())
+    aligned(place, dict.fromkeys(range(max(rank - 2, 0), rank), "cuts a triangle out of it"))
+
+
 def free(place: Place) -> None:
     """Nothing of its inputs' values is in its outputs: no axis ties another (Shape tells the new size after a cut)."""
     for axes in place.tensors():
@@ -256,7 +286,12 @@ RULES: Mapping[str, Rule] = {
     "LogSoftmax": softmax,
     "Hardmax": softmax,
     "LRN": lambda place: aligned(place, {1: "takes a norm over its neighbours"}),
-    "CumSum": lambda place: aligned(place, dict.fromkeys(range(len(place.into(0) or ())), "sums along an axis")),
+    **dict.fromkeys(("CumSum", "CumProd"), cumulative),
+    "Trilu": triangle,
+    **dict.fromkeys(("GridSample", "RoiAlign"), sampled),
+    "RotaryEmbedding": rotary,
+    "Attention": attention,
+    "CastLike": pointwise,
     "TopK": mixes("axis", -1, "sorts along it"),
     "ArgMax": arg,
     "ArgMin": arg,
@@ -269,5 +304,6 @@ RULES: Mapping[str, Rule] = {
     "Constant": free,
     "Shape": free,
     "Size": free,
+    "ConstantOfShape": free,
 }
 """Operator -> what it says about its axes; data movement is not here: it is tried out."""

@@ -21,6 +21,7 @@ import onnx_graphsurgeon as gs
 from graphopt.base import Context
 from graphopt.layer_inputs import WIDEST, Gram
 from graphopt.linear_layer import LinearLayer, linear_layer
+from graphopt.moments import Fit, Moments, Split
 from graphopt.reconstruct import solve
 from graphopt.sparse_layers import SparseLayer
 from graphopt.sparsity import (
@@ -32,7 +33,6 @@ from graphopt.sparsity import (
     sparsegpt,
     wanda_scores,
 )
-from graphopt.sweep import Fit, Moments, Split
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -17,12 +17,12 @@ from graphopt.base import Change, Context, Exactness, Loss, Pass
 from graphopt.edit import Edit
 from graphopt.errors import DataError
 from graphopt.linear_layer import LinearLayer
+from graphopt.moments import Fit
 from graphopt.registry import register
 from graphopt.sparse_fit import allocate, curves, fitted, grams, pruned, second_moments, usable
 from graphopt.sparse_layers import SparseLayer, find
 from graphopt.sparse_marks import Mark, marks, write_mark
 from graphopt.sparsity import SAMPLED, Criterion, Pattern, Spread, lowest, lowest_in_runs, over_all
-from graphopt.sweep import Fit
 
 from .reconstruct_weights import targets
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Exactness = Literal["exact", "lossy"]
 Loss = Literal["structure", "numbers"]
 Measure = Callable[[Mapping[str, np.ndarray[Any, Any]]], float]
+Runner = Callable[[Mapping[str, Any]], dict[str, Any]]
 Evaluate = Callable[[onnx.ModelProto, Mapping[str, Any], Sequence[str] | None], dict[str, Any]]
 
 
@@ -72,6 +73,9 @@ class Observes(Protocol):
 
     def random_feeds(self) -> Samples:
         """Return random feeds for the model, of two shapes where dimensions are open."""
+
+    def runner(self, model: Model) -> Runner:
+        """Return a function that runs a model."""
 
     def means(
         self, axes: Mapping[str, tuple[int, int]], model: Model | None = None, limit: int = 0
@@ -213,6 +217,14 @@ class Context:
             DataError: none are to be had; when iterated: none was found that the model runs on.
         """
         return self._observing().random_feeds()
+
+    def runner(self, model: Model) -> Runner:
+        """Return a function that runs a model, ORT's rewriting off, as often as wanted: feeds -> outputs by name.
+
+        Raises:
+            ModelError: ORT refuses the model.
+        """
+        return self._observing().runner(model)
 
     def _observing(self) -> Observes:
         if self.observer is None:

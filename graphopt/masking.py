@@ -11,7 +11,7 @@ too, but never more than `LIMIT`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,7 +27,7 @@ from graphopt.tensors import is_float
 
 if TYPE_CHECKING:
     from graphopt.analysis.channels import Group
-    from graphopt.base import Evaluate
+    from graphopt.base import Runner
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -115,8 +115,8 @@ def _zero_code(node: gs.Node, values: Array) -> Array:
 
 
 def proved(
-    cut: Model, model: Model, groups: Sequence[tuple[Group, Array]], feeds: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate, *, seed: int = 0,
+    cut: Model, model: Model, groups: Sequence[tuple[Group, Array]], feeds: Sequence[Mapping[str, Any]],
+    runner: Callable[[Model], Runner], *, seed: int = 0,
 ) -> Verdict:  # fmt: skip
     """Run a cut model and the masked twin on feeds, ORT's optimisations off, and say whether they are the same.
 
@@ -125,38 +125,41 @@ def proved(
         model: what it was cut from.
         groups: what was cut, with the units that stay.
         feeds: inputs; of two shapes where dimensions are open.
-        evaluate: as in `base.Context`.
-        seed: of the weights moved to learn what rounding does.
+        runner: as `base.Context.runner`.
+        seed: of the weights and inputs moved to learn what rounding does.
     """
-    twin, after = masked(model, groups).proto, cut.proto
-    moved: Any = None
-    worst, allowed = 0.0, FLOAT_NOISE
-    for feed in feeds:
-        try:
-            wanted, found = evaluate(twin, feed, None), evaluate(after, feed, None)
-        except GraphoptError as error:
-            return Verdict(float("inf"), allowed, f"the cut model does not run: {error.what}")
-        name, apart = _apart(wanted, found)
-        if allowed < apart <= LIMIT:
-            moved = moved or masked(model, groups, jitter=seed).proto
-            noise = _apart(wanted, evaluate(moved, _jittered(feed, seed), None))[1]
-            allowed = max(allowed, min(LIMIT, TIMES * noise))
-        worst = max(worst, apart)
-        if apart > allowed:
-            why = f"output '{name}' of the cut model is {apart:.1e} off the masked one, {allowed:.0e} would be rounding"
-            return Verdict(worst, allowed, why)
+    wanted = _outputs(masked(model, groups), feeds, runner)
+    try:
+        found = _outputs(cut, feeds, runner)
+    except GraphoptError as error:
+        return Verdict(float("inf"), FLOAT_NOISE, f"the cut model does not run: {error.what}")
+    name, worst = max((_apart(a, b) for a, b in zip(wanted, found, strict=True)), key=lambda at: at[1])
+    allowed = FLOAT_NOISE
+    if allowed < worst <= LIMIT:
+        moved = _outputs(masked(model, groups, jitter=seed), [_jittered(feed, seed) for feed in feeds], runner)
+        noise = max(_apart(a, b)[1] for a, b in zip(wanted, moved, strict=True))
+        allowed = max(allowed, min(LIMIT, TIMES * noise))
+    if worst > allowed:
+        why = f"output '{name}' of the cut model is {worst:.1e} off the masked one, {allowed:.0e} would be rounding"
+        return Verdict(worst, allowed, why)
     return Verdict(worst, allowed)
 
 
-def runs(model: Model, feeds: Iterable[Mapping[str, Any]], evaluate: Evaluate) -> str:
+def runs(model: Model, feeds: Sequence[Mapping[str, Any]], runner: Callable[[Model], Runner]) -> str:
     """Return why a model does not run on feeds, "" where it does."""
-    proto = model.proto
     try:
-        for feed in feeds:
-            evaluate(proto, feed, None)
+        _outputs(model, feeds, runner)
     except GraphoptError as error:
         return f"the cut model does not run: {error.what}"
     return ""
+
+
+def _outputs(
+    model: Model, feeds: Sequence[Mapping[str, Any]], runner: Callable[[Model], Runner]
+) -> list[dict[str, Any]]:
+    """Return the outputs for each feed; the session is gone before another is made."""
+    run = runner(model)
+    return [run(feed) for feed in feeds]
 
 
 def _jittered(feed: Mapping[str, Any], seed: int) -> dict[str, Any]:

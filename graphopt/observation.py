@@ -99,6 +99,12 @@ class Observer:
 
         return random_feeds(self.model.copy(), seed=self.seed)
 
+    def runner(self, model: Model) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        """Return a function that runs a model as it is written."""
+        from graphopt.runtime import Session  # noqa: PLC0415
+
+        return Session(model, optimization="off").run
+
     def fetches(self, tensors: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Yield the values of tensors of the main graph for each sample, the model run as it is written.
 

@@ -221,8 +221,10 @@ class _Cutter:
         groups = [(self._by_name[name], stay) for name, stay in exact.items()]
         ctx = self.ctx
         try:
-            why = proved(self._trial(exact), ctx.model, groups, self.feeds, ctx.evaluate, seed=ctx.seed).why
-            return why if why or len(exact) == len(kept) else runs(self._trial(kept), self.feeds, ctx.evaluate)
+            why = ""
+            if exact:
+                why = proved(self._trial(exact), ctx.model, groups, self.feeds, ctx.runner, seed=ctx.seed).why
+            return why if why or len(exact) == len(kept) else runs(self._trial(kept), self.feeds, ctx.runner)
         except RefusedError as refusal:
             return str(refusal)
 

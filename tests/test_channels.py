@@ -194,12 +194,12 @@ FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "LRN": ("b = LRN <size = 3> (a)", {}, "LRN 'b' takes a norm over its neighbours"),
     "mean": ("m = ReduceMean <axes = [1]> (a) b = Mul(a, m)", {}, "ReduceMean 'm' works over it"),
     "argmax": ("m = ArgMax <axis = 1> (a) f = Cast <to = 1> (m) b = Mul(a, f)", {}, "ArgMax 'm' picks one along it"),
-    "cumsum": ("b = CumSum(a, one)", {"one": np.array(1)}, "CumSum 'b' sums along an axis"),
+    "cumsum": ("b = CumSum(a, one)", {"one": np.array(1)}, "CumSum 'b' adds up along it"),
     "product": (
         "t = Transpose <perm = [0, 2, 1, 3]> (a) u = Transpose <perm = [0, 2, 3, 1]> (a) b = MatMul(u, t)", {},
         "MatMul 'b' contracts it between two computed tensors",
     ),
-    "picked": ("i = Cast <to = 7> (s) b = Gather <axis = 1> (a, i)", {"s": (8,)},
+    "picked": ("i = ArgMax <axis = 0, keepdims = 0> (s) b = Gather <axis = 1> (a, i)", {"s": (4, 8)},
                "Gather 'b' picks along it by computed indices"),
     "one taken": (
         "c = Gather <axis = 1> (a, one) d = Unsqueeze(c, at) b = Mul(a, d)", {"one": np.array(1), "at": ints(1)},
@@ -217,8 +217,8 @@ def test_what_freezes_says_so(what: str) -> None:
 
 
 def test_operators_without_a_rule_freeze_all_around_them() -> None:
-    found = image("b = GridSample(a, grid)", {"grid": (1, 8, 8, 2), "w9": (2, 8, 1, 1)})
-    assert named(found, "a").frozen == "no rule for GridSample 'b'"
+    found = image("b = MaxRoiPool <pooled_shape = [2, 2]> (a, rois)", {"rois": (1, 5), "w9": (2, 8, 1, 1)})
+    assert named(found, "a").frozen == "no rule for MaxRoiPool 'b'"
 
 
 def test_what_graphs_inside_nodes_read_stays() -> None:
@@ -384,6 +384,24 @@ def test_group_norm_ties_whole_groups_written_out_too() -> None:
         {"groups": ints(0, 4, -1), "back": ints(0, 8, 8, 8), "s": (4,), "scale": (8, 1, 1), "w9": (2, 8, 1, 1)},
     )
     assert units(found.prunable()[0], "w0", 0) == [i // 2 for i in range(8)]
+
+
+@pytest.mark.parametrize("few", [4, 8])
+def test_attention_as_one_operator(few: int) -> None:
+    found = find(
+        """g (float[N, 6, 16] x) => (float[N, 6, 5] y) {
+            q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv)
+            qh = Reshape(q, apart) kh = Reshape(k, few) vh = Reshape(v, few)
+            qt = Transpose <perm = [0, 2, 1, 3]> (qh) kt = Transpose <perm = [0, 2, 1, 3]> (kh)
+            vt = Transpose <perm = [0, 2, 1, 3]> (vh) c = Attention(qt, kt, vt)
+            t = Transpose <perm = [0, 2, 1, 3]> (c) o = Reshape(t, flat) y = MatMul(o, wo)
+        }""",
+        {"wq": (16, 24), "wk": (16, 3 * few), "wv": (16, 3 * few), "wo": (24, 5), "apart": ints(0, 0, 8, 3),
+         "few": ints(0, 0, few, 3), "flat": ints(0, 0, 24)}, opset=23,
+    )  # fmt: skip
+    group = found.prunable()[0]
+    assert (group.kind, group.size) == ("heads", few)
+    assert units(group, "wq", 1) == [i // (24 // few) for i in range(24)]
 
 
 def test_einsum() -> None:

@@ -166,9 +166,17 @@ def _space_to_depth(site: Site) -> Facts:
     return first_like(site, (x[0], multiply(x[1], block * block), height, width))
 
 
+def _attention(site: Site) -> Facts:
+    q, v = site.shape(), site.shape(2)
+    if q is None or v is None or len(q) != 4 or len(v) != 4 or len(site.node.outputs) > 1:
+        return None
+    return first_like(site, (*q[:3], v[3]))
+
+
 LAYERS: Mapping[str, Rule] = {
     "MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "ConvTranspose": _conv_transpose, "MaxPool": _pool,
     "AveragePool": _pool, "GlobalAveragePool": _global_pool, "GlobalMaxPool": _global_pool,
     "GlobalLpPool": _global_pool, "DepthToSpace": _depth_to_space, "SpaceToDepth": _space_to_depth,
+    "Attention": _attention,
 }  # fmt: skip
 """Operator -> its rule."""

@@ -26,6 +26,8 @@ from graphopt.pipeline import Pipeline, Settings
 from tests.cut_twins import Slices, Use, slices, twin
 
 CUT = "prune-channels{criterion=random,spread=local,ratio=0.4,round_to=1}"
+STAGES = ("raw", "canonical")
+
 NOISE = 2e-5
 """Relative to the largest element: float32 sums of a few hundred terms in another order, some twenty layers deep."""
 
@@ -35,8 +37,21 @@ SHIFTED = {"handmade-small-meets-large", "handmade-einsum-attention"}
 CODED = {"handmade-weight-codes"}
 """Where weights are codes alone, in which slices cannot be told apart."""
 
+LESS = 0.9
+"""Part of the MACs and parameters that is left at most."""
+
+BATCH_COVERAGE = 0.98
+"""Part of the parameters in tensors with an axis that can be cut: all but norms of inputs, biases of outputs."""
+
 LAYER_COVERAGE = 0.8
-"""Part of the parameters that lies in tensors with a prunable axis, where LayerNorm freezes its own."""
+"""The same where LayerNorm freezes its axis."""
+
+HALVED = {"espcn-dynamo"}
+"""Written as Reshape to (H // 2, 2): nothing in the graph says that H is even, so what lies before stays."""
+
+STAYS = ("input '", "output '", "kernels lie", "groups of channels", "has a direction", "by computed indices",
+         "Softmax '", "no layer makes it", "slides along it")  # fmt: skip
+"""Reasons of axes that stay by their nature: what enters and leaves, places of a kernel, vocabularies, classes."""
 
 
 def proto(name: str, stage: str) -> onnx.ModelProto:
@@ -86,14 +101,15 @@ def cut_of(model: graphopt.Model) -> graphopt.Model:
     return Pipeline(CUT).run(model, settings=Settings(verify="off", on_failure="stop")).model
 
 
-def size(model: graphopt.Model, name: str) -> tuple[int, int]:
-    """Return MACs and parameters."""
+def size(model: graphopt.Model, name: str) -> tuple[int | None, int]:
+    """Return MACs, None where some are unknown, and parameters."""
     shapes = {key: list(spec.shape) for key, spec in structures.inputs(name).items()}
-    return costs(model, inputs=shapes).macs, sum(int(np.prod(c.shape)) for c in model.constants())
+    cost = costs(model, inputs=shapes)
+    return None if cost.unknown else cost.macs, sum(int(np.prod(c.shape)) for c in model.constants())
 
 
 @pytest.mark.parametrize("name", structures.names())
-@pytest.mark.parametrize("stage", ["raw", "canonical"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_cut_model_equals_masked_twins(name: str, stage: str) -> None:
     before = proto(name, stage)
     model = graphopt.load(before)
@@ -108,23 +124,23 @@ def test_cut_model_equals_masked_twins(name: str, stage: str) -> None:
         assert apart(twin(before, gone), after, name) < NOISE
     if name not in SHIFTED | CODED:
         assert apart(twin(before, gone, producers=True), after, name) < NOISE
-    macs, parameters = (now / then for now, then in zip(size(cut, name), size(model, name), strict=True))
-    assert macs < 0.9
-    assert parameters < 0.9
+    (macs, parameters), (fewer, left_over) = size(model, name), size(cut, name)
+    assert left_over < LESS * parameters
+    assert macs is None or fewer is None or fewer < LESS * macs
 
 
 @pytest.mark.parametrize("name", [name for name in structures.names() if structures.norm(name) != "none"])
-def test_weights_have_an_axis_that_can_be_cut(name: str) -> None:
-    found = groups_of(graphopt.load(proto(name, "raw")))
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_have_an_axis_that_can_be_cut(name: str, stage: str) -> None:
+    found = groups_of(graphopt.load(proto(name, stage)))
     held, total = found.coverage()
-    outside = {axis.where for axis in found.frozen_axes}
+    assert all(group.role("makes") for group in found.groups)
     assert all(axis.why for axis in found.frozen_axes)
-    assert all(group.frozen or group.role("makes") for group in found.groups)
-    if structures.norm(name) == "batch":
-        assert held >= 0.99 * total, outside
-        assert all("input" in axis.why or "output" in axis.why for axis in found.frozen_axes)
+    if structures.norm(name) == "layer" or name in HALVED:
+        assert held >= LAYER_COVERAGE * total
     else:
-        assert held >= LAYER_COVERAGE * total, outside
+        assert held >= BATCH_COVERAGE * total
+        assert not [axis for axis in found.frozen_axes if not any(word in axis.why for word in STAYS)]
 
 
 @pytest.mark.parametrize("name", structures.names())
@@ -133,7 +149,7 @@ def test_activations_neither_die_nor_explode(name: str) -> None:
         for value in runtime.evaluate(structures.get(name, seed=3), feed).values():
             assert np.isfinite(value).all()
             assert 1e-3 < float(value.std()) < 1e2
-            assert float(np.abs(value - value[:1]).max()) > 1e-4  # one answer to all questions is none
+            assert len(value) == 1 or float(np.abs(value - value[:1]).max()) > 1e-4  # it depends on the input
 
 
 def test_a_seed_gives_the_same_weights_and_feeds() -> None:

@@ -55,7 +55,7 @@ NETWORKS = {
     "mobilenet-v3": Network(mobile.mobilenet_v3, _ANY),
     "efficientnet": Network(mobile.efficientnet, _ANY),
     "shufflenet-v2": Network(mobile.shufflenet_v2, _ANY),
-    "shufflenet-v1": Network(mobile.shufflenet_v1, _ANY),
+    "shufflenet-v1": Network(mobile.shufflenet_v1, _ANY, "none"),  # its two groupings leave one unit in common
     "ghostnet": Network(mobile.ghostnet, _ANY),
     "repvgg": Network(mobile.repvgg, _ANY),
     "densenet": Network(convnets.densenet, _ANY),

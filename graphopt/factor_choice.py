@@ -18,6 +18,7 @@ from typing import TypeAlias
 import numpy as np
 
 from graphopt import factor_times
+from graphopt.analysis.cost import costs
 from graphopt.analysis.factorable import Factorable
 from graphopt.factor_request import FactorizeRequest
 from graphopt.factor_times import FactorTimes
@@ -51,6 +52,9 @@ SIZE = 1e-12
 
 ROOM = 4.0
 """Losses up to this multiple of what the bound seems to allow stay in the choice: they add up only about."""
+
+FIRST = 0.1
+"""Noise over signal power that is tried first, where the bound is on something else."""
 
 ATTEMPTS = 10
 COARSE = 3.0
@@ -206,7 +210,7 @@ class FactorChoice:
             asked.append((choice.layer, ways))
         if not asked:
             return
-        times = self._measured(asked) if self.request.measure else _counted(asked)
+        times = self._measured(asked) if self.request.measure else self._counted(asked)
         most = GAIN if self.request.measure else UNMEASURED_GAIN
         for choice in [self.choices[layer.label] for layer, _ in asked]:
             label = choice.layer.label
@@ -227,6 +231,17 @@ class FactorChoice:
             asked, shapes, provider=self.request.provider, threads=self.request.threads[0], budget=self.budget,
             progress=self.progress,
         )  # fmt: skip
+
+    def _counted(self, asked: Sequence[tuple[Factorable, Mapping[Split, Sequence[int]]]]) -> FactorTimes:
+        """Return multiply-accumulates in place of seconds."""
+        known = costs(self.model, inputs={name: np.shape(value) for name, value in self.feed.items()})
+        found = FactorTimes()
+        for layer, ways in asked:
+            for split, ranks in ways.items():
+                found.whole[layer.label] = whole = float(known.of(layer.node).macs or split.whole)
+                for rank in ranks:
+                    found.split[layer.label, split.way, rank] = whole * rank * split.macs / split.whole
+        return found
 
     def problem(self, constant: float = 0.0) -> Problem:
         """Return the choice as a problem; costs in seconds."""
@@ -272,6 +287,8 @@ class FactorChoice:
         """Return the fastest choice that is judged good, None where none is; each is tried before it is believed."""
         low, high, best = 0.0, math.inf, None
         limit, seen = self.request.noise, list[frozenset[tuple[str, str]]]()
+        if limit == math.inf and self.samples is not None:
+            limit = FIRST
         for _ in range(ATTEMPTS):
             picks = self.fastest(limit)
             key = frozenset((label, one.name) for label, one in picks.items())
@@ -302,14 +319,3 @@ def ranks_of(split: Split) -> list[int]:
     step = natural_step(split.limit)
     found = {max(step, round(split.limit * part / step) * step) for part in FRACTIONS}
     return sorted(rank for rank in found if rank <= split.limit)
-
-
-def _counted(asked: Sequence[tuple[Factorable, Mapping[Split, Sequence[int]]]]) -> FactorTimes:
-    """Return multiply-accumulates of each place in place of seconds."""
-    found = FactorTimes()
-    for layer, ways in asked:
-        for split, ranks in ways.items():
-            found.whole[layer.label] = float(split.whole)
-            for rank in ranks:
-                found.split[layer.label, split.way, rank] = float(np.int64(rank) * split.macs)
-    return found

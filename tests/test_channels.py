@@ -314,7 +314,9 @@ def test_heads_beside_an_unknown_batch() -> None:
     assert roles(found.prunable()[0]) == {"makes": ["wq.1"], "reads": ["wo.0"]}
 
 
-def test_keys_repeated_for_several_heads() -> None:
+@pytest.mark.parametrize(("heads", "few", "size"), [(8, 4, 4), (8, 2, 4), (6, 1, 6)])
+def test_keys_repeated_for_several_heads(heads: int, few: int, size: int) -> None:
+    """Keys go with all their heads; where there are few keys, each loses the same heads."""
     text = """g (float[N, 6, 16] x) => (float[N, 6, 5] y) {
         q = MatMul(x, wq) k = MatMul(x, wk) qh = Reshape(q, apart) kh = Reshape(k, few)
         qt = Transpose <perm = [0, 2, 1, 3]> (qh) kt = Transpose <perm = [0, 2, 1, 3]> (kh)
@@ -322,12 +324,31 @@ def test_keys_repeated_for_several_heads() -> None:
         s = MatMul(qt, kk) p = Softmax <axis = -1> (s) c = MatMul(p, kr)
         t = Transpose <perm = [0, 2, 1, 3]> (c) o = Reshape(t, flat) y = MatMul(o, wo)
     }"""
-    shapes = {"apart": ints(0, 0, 8, 3), "few": ints(0, 0, 4, 3), "two": ints(2), "wide": ints(1, 4, 2, 6, 3),
-              "all": ints(0, 8, 6, 3), "flat": ints(0, 0, 24)}  # fmt: skip
-    group = find(text, {"wq": (16, 24), "wk": (16, 12), "wo": (24, 5), **shapes}).prunable()[0]
-    assert (group.kind, group.size) == ("heads", 4)
-    assert units(group, "wk", 1) == [i // 3 for i in range(12)]
-    assert units(group, "wq", 1) == units(group, "wo", 0) == [i // 6 for i in range(24)]
+    each, width = heads // few, 3 * heads
+    shapes = {"apart": ints(0, 0, heads, 3), "few": ints(0, 0, few, 3), "two": ints(2),
+              "wide": ints(1, few, each, 6, 3), "all": ints(0, heads, 6, 3), "flat": ints(0, 0, width)}  # fmt: skip
+    group = find(text, {"wq": (16, width), "wk": (16, 3 * few), "wo": (width, 5), **shapes}).prunable()[0]
+    assert (group.kind, group.size) == ("heads", size)
+    if few == 4:
+        assert units(group, "wk", 1) == [i // 3 for i in range(12)]
+        assert units(group, "wq", 1) == units(group, "wo", 0) == [i // 6 for i in range(24)]
+    else:
+        assert units(group, "wq", 1) == units(group, "wo", 0) == [i // 3 % size for i in range(width)]
+
+
+def test_a_model_without_channels() -> None:
+    assert find("g (float x) => (float y) { y = Neg(x) }", {}) == Channels([], [], {})
+
+
+def test_weights_that_are_computed() -> None:
+    """The constant is a site, not what is computed of it."""
+    found = image(
+        "t = Reshape(flat, shape) c = Transpose <perm = [1, 0, 2, 3]> (t) b = Conv(a, c)",
+        {"flat": (8, 24), "shape": ints(8, 6, 2, 2), "w9": (2, 6, 1, 1)},
+    )
+    assert roles(found.prunable()[0]) == {"makes": ["w0.0"], "reads": ["flat.0"]}
+    assert roles(found.prunable()[1]) == {"makes": ["flat.1"], "reads": ["w9.1"]}
+    assert units(found.prunable()[1], "flat", 1) == [i // 4 for i in range(24)]
 
 
 @pytest.mark.parametrize(("op", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])

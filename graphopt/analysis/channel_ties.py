@@ -191,11 +191,11 @@ class Ties:
         if axis >= 0:
             self.tags.setdefault(axis, kind)
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> tuple[int, int, int]:
         """Return how much has been said so far."""
-        return len(self.same), len(self.mapped)
+        return len(self.same), len(self.mapped), len(self.merges)
 
-    def pass_back(self, start: tuple[int, int], end: tuple[int, int]) -> None:
+    def pass_back(self, start: tuple[int, int, int], end: tuple[int, int, int]) -> None:
         """Give the roles of what a node computes from constants to those: a weight in codes is read like the weight.
 
         Args:
@@ -203,6 +203,7 @@ class Ties:
             end: `mark` after it.
         """
         pairs = [*self.same[start[0] : end[0]], *((a, b) for a, _, b, _ in self.mapped[start[1] : end[1]])]
+        pairs += [(merge.fine, axis) for merge in self.merges[start[2] : end[2]] for axis, _ in merge.coarse]
         for a, b in pairs:
             for made, read in ((a, b), (b, a)):
                 if made in self.roles and self.axes[made].role == "carries":

@@ -190,7 +190,10 @@ def _follow(lead: int, kinds: Sequence[Sequence[int]], alive: Mapping[int, int])
     for places in kinds:
         taken = next((k for k in places if k in chosen), None)
         if taken is None:
-            free = [k for k in places if k not in barred] or list(places)
+            free = [k for k in places if k not in barred]
+            if not free:  # all of it stays: tied to what another merge freezes
+                option.append(0)
+                continue
             taken = next((k for k in free if alive[k] >= FEWEST), max(free, key=lambda k: alive[k]))
             chosen.add(taken)
             barred.update(k for k in places if k != taken)

@@ -219,6 +219,8 @@ class _Listing:
         return Channels(found, self._frozen_axes(prunable, stays), _parameters(model, self.ties))
 
     def _groups(self) -> list[Group]:
+        if not self.ties.axes:
+            return []
         kinds = np.repeat(np.arange(len(self.units.offset) - 1), np.diff(self.units.offset))
         unit = self.units.unit
         if not len(unit):

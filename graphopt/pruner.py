@@ -22,6 +22,7 @@ from graphopt.analysis.channels import Channels, find_groups
 from graphopt.analysis.channels import Group as ChannelGroup
 from graphopt.analysis.cost import costs
 from graphopt.analysis.shapes import Shapes as TensorShapes
+from graphopt.channel_costs import MacsModel
 from graphopt.data import Spec
 from graphopt.decisions import Decisions
 from graphopt.edit import order_constants
@@ -158,6 +159,7 @@ class _Task(LossyTask):
         self.tried: list[Tried] = []
         self._base: Model | None = None
         self._groups: Channels | None = None
+        self._costs: MacsModel | None = None
 
     @property
     def base(self) -> Model:
@@ -172,6 +174,13 @@ class _Task(LossyTask):
         if self._groups is None:
             self._groups = self._groups_of(self.base)
         return self._groups
+
+    @property
+    def costs(self) -> MacsModel:
+        """MACs of any number of units of each group, computed once."""
+        if self._costs is None:
+            self._costs = MacsModel.of(self.base, self.groups.prunable(), self.given.feeds)
+        return self._costs
 
     def _groups_of(self, model: Model) -> Channels:
         return find_groups(model, TensorShapes(model), evaluate, normalization=self.request.normalization)
@@ -305,8 +314,16 @@ class _Task(LossyTask):
         for group in self.groups.groups:
             left = after.get(group.name, group.size if group.frozen else 0)
             why = group.frozen or (blocked.get(group.name, "") if left == group.size else "")
-            rows.append(GroupRow(group.name, group.kind, group.size, left, _weights(group), why))
+            rows.append(self._row(group, left, why))
         return rows
+
+    def _row(self, group: ChannelGroup, left: int, why: str) -> GroupRow:
+        whole = self.costs.macs()
+        share = 1.0 - self.costs.macs({group.name: 0}) / whole if whole and group.name in self.costs.sizes else None
+        return GroupRow(group.name, group.kind, group.size, left, _weights(group), share, why)
+
+    def _uncut(self) -> list[GroupRow]:
+        return [self._row(group, group.size, group.frozen) for group in self.groups.groups]
 
     def _judge(self, found: Cut, what: str, timing: Comparison | None = None) -> None:
         found.quality = self.quality(found.model)
@@ -345,8 +362,7 @@ class _Task(LossyTask):
         lossless = self.lossless()
         whys = dict.fromkeys(group.frozen for group in self.groups.groups if group.frozen)
         said = "; ".join(list(whys)[:3]) or "no weight has an axis that could be cut"
-        rows = [GroupRow(g.name, g.kind, g.size, g.size, _weights(g), g.frozen) for g in self.groups.groups]
-        report = self._report(lossless.model, rows)
+        report = self._report(lossless.model, self._uncut())
         report.decision, report.reason = "lossless", reason or f"nothing can be cut: {said}"
         report.pipeline, report.decisions = lossless.report.pipeline, lossless.report.decisions
         report.quality = self.quality(lossless.model)
@@ -354,8 +370,7 @@ class _Task(LossyTask):
 
     def explained(self) -> PruningReport:
         """Return the groups, nothing cut."""
-        rows = [GroupRow(g.name, g.kind, g.size, g.size, _weights(g), g.frozen) for g in self.groups.groups]
-        report = self._report(self.base, rows)
+        report = self._report(self.base, self._uncut())
         report.decision = "explained"
         report.frozen = [
             {"where": axis.where, "axis": axis.axis, "size": axis.size, "why": axis.why}

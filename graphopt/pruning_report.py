@@ -27,6 +27,7 @@ class GroupRow:
         kind: `channels`, `heads`, `hidden` …
         before, after: units in the input and in the result.
         layers: weights that have an axis of it.
+        macs: part of the model's MACs that would go with all of it; None for what cannot be cut.
         why: why it cannot be cut, or why it was not.
     """
 
@@ -35,6 +36,7 @@ class GroupRow:
     before: int
     after: int
     layers: int
+    macs: float | None = None
     why: str = ""
 
 
@@ -108,6 +110,7 @@ def groups_table(rows: Sequence[GroupRow], shown: int) -> Table:
         ("kind", "left"),
         ("units", "right"),
         ("weights", "right"),
+        ("of MACs", "right"),
         ("why", "left"),
     ):
         table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]  # one of two literals
@@ -115,7 +118,8 @@ def groups_table(rows: Sequence[GroupRow], shown: int) -> Table:
     for row in rows:
         if id(row) in kept:
             units = str(row.before) if row.after == row.before else f"{row.before} -> {row.after}"
-            table.add_row(row.group, row.kind, units, str(row.layers), row.why)
+            share = "" if row.macs is None else f"{row.macs:.1%}"
+            table.add_row(row.group, row.kind, units, str(row.layers), share, row.why)
     if len(rows) > shown:
         table.add_row(f"… and {len(rows) - shown} more (--all)")
     return table

@@ -183,6 +183,7 @@ def _nearest(counts: Sequence[int], wanted: float) -> int:
 def _bisected(levels: _Levels, cost: Polynomial, ratio: float, what: str) -> dict[str, int]:
     """Return the counts of the first level that removes enough, and give back what is not needed of it."""
     whole = cost.at({})
+    _check_known(ratio, whole, what)
     bound = (1.0 - ratio) * whole * (1.0 + _SLACK)
     least = cost.at(levels.counts(levels.last))
     if least > bound:
@@ -200,6 +201,13 @@ def _bisected(levels: _Levels, cost: Polynomial, ratio: float, what: str) -> dic
         if cost.at({**counts, name: before[name]}) <= bound:
             counts[name] = before[name]
     return counts
+
+
+def _check_known(ratio: float, whole: float, what: str) -> None:
+    if ratio and not whole:
+        raise GateMissedError(
+            f"no {what} are known that a part could be removed of", hint="no group can be cut, or shapes are missing"
+        )
 
 
 def _too_much(ratio: float, best: float, what: str) -> GateMissedError:
@@ -306,6 +314,7 @@ def choose_by_loss(
     _check(ratio, of, "global")
     cost = macs.polynomial(of)
     whole = cost.at({})
+    _check_known(ratio, whole, MEASURES[of])
     cheapest = cost.at({g.name: allowed_counts(g, round_to, least, provider)[-1] for g in groups})
     bound = (1.0 - ratio) * whole
     if cheapest > bound * (1.0 + _SLACK):

@@ -16,12 +16,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analysis.cost import costs
+from graphopt.analysis.constants import array_of, constant_node, node_values
+from graphopt.analysis.cost import Sizes, costs
 from graphopt.analysis.dims import Dims, plans
 from graphopt.analysis.inputs import InputUses
 from graphopt.analysis.shapes import Shapes
@@ -29,9 +30,12 @@ from graphopt.edit import label
 from graphopt.model import Model
 from graphopt.ops import DEQUANTIZE, is_standard
 from graphopt.samples import Samples
+from graphopt.tensors import is_float
 
 if TYPE_CHECKING:
     from graphopt.analysis.channels import Group, Site
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 Counts: TypeAlias = Mapping[str, int]
 """Group -> units kept; those left out keep all."""
@@ -194,6 +198,19 @@ def input_shapes(model: Model, samples: Samples | None) -> dict[str, tuple[int, 
     return dims.shapes(next(iter(plans(dims)), ()))
 
 
+class _Proved(Sizes):
+    """Shapes that ONNX's inference does not find, but that follow from those of the inputs, too."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(shapes)
+        self._known = shapes
+
+    def of(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
+        """Return the shape of a tensor, None where unknown."""
+        found = super().of(tensor)
+        return self._known.proved(tensor).static if found is None else found
+
+
 class _Builder:
     """Reads off a model which groups lie on which axis of what."""
 
@@ -211,7 +228,7 @@ class _Builder:
 
     def build(self) -> MacsModel:
         """Return the model's costs."""
-        found = costs(self.model, self.shapes)
+        found = costs(self.model, _Proved(self.shapes))
         layers: list[Piece] = []
         unknown: list[str] = []
         for node in self.model.graph.nodes:
@@ -236,12 +253,13 @@ class _Builder:
         if port >= len(node.inputs):
             return None
         tensor = node.inputs[port]
-        if not isinstance(tensor, gs.Constant) and tensor.inputs and is_standard(tensor.inputs[0], *DEQUANTIZE):
-            node, port = tensor.inputs[0], 0
+        sites = self.at_port.get((id(node), port), [])
+        if tensor.inputs and is_standard(tensor.inputs[0], *DEQUANTIZE):
+            node = tensor.inputs[0]
             tensor = node.inputs[0]
-        if not isinstance(tensor, gs.Constant) or len(tensor.shape) < 2:
-            return None
-        return tuple(tensor.shape), self.at_port.get((id(node), port), [])
+            sites = sites or self.at_port.get((id(node), 0), [])
+        values = _stored(tensor)
+        return None if values is None or len(values.shape) < 2 else (tuple(values.shape), sites)
 
     def _product(self, node: gs.Node, macs: int) -> tuple[float, tuple[Width, ...]]:
         """Return scale and sizes of a product of activations: each group on a letter of it counts once."""
@@ -269,12 +287,44 @@ class _Builder:
         pieces = []
         for node in self.model.nodes():
             for port, tensor in enumerate(node.inputs):
-                if not isinstance(tensor, gs.Constant) or id(tensor) in seen or tensor.dtype in NO_PARAMETERS:
+                values = None if id(tensor) in seen else _stored(tensor)
+                if values is None or values.dtype in NO_PARAMETERS:
                     continue
                 seen.add(id(tensor))
                 sites = self.at_port.get((id(node), port), [])
-                pieces.append(Piece(tensor.name, 1.0, self._widths(tuple(tensor.shape), sites)))
+                pieces.append(Piece(tensor.name, 1.0, self._widths(tuple(values.shape), sites)))
         return pieces
+
+
+def _stored(tensor: gs.Tensor) -> Any:
+    """Return what a constant holds, with its shape and type, unread; None for anything else."""
+    if isinstance(tensor, gs.Constant):
+        return tensor._values
+    node = constant_node(tensor)
+    return None if node is None else node_values(node)
+
+
+def weights_of(site: Site) -> Array | None:
+    """Return a site's weight as float64, decoded where it is stored as codes; None where it is no weight."""
+    tensor, node = site.tensor, site.node
+    values = array_of(tensor)
+    if values is None and tensor.inputs:
+        node = tensor.inputs[0]
+        values = array_of(node.inputs[0]) if is_standard(node, *DEQUANTIZE) and node.inputs else None
+    if values is None or is_float(values.dtype):
+        return None if values is None else values.astype(np.float64)
+    scale = array_of(node.inputs[1]) if node is not None and is_standard(node, *DEQUANTIZE) else None
+    if node is None or scale is None:
+        return None
+    zero = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
+    shape = [1] * values.ndim
+    if scale.size > 1:
+        axis = int(node.attrs.get("axis", 1))
+        if scale.ndim != 1 or scale.size != values.shape[axis]:
+            return None  # a scale per block
+        shape[axis] = scale.size
+    steps = values.astype(np.float64) - (0.0 if zero is None else zero.astype(np.float64).reshape(shape))
+    return np.asarray(steps * scale.astype(np.float64).reshape(shape))
 
 
 def _letter(node: gs.Node, port: int, axis: int, rank: int) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.base import Context
-from graphopt.channel_costs import MacsModel
+from graphopt.channel_costs import MacsModel, weights_of
 from graphopt.edit import label
 from graphopt.gptq import damped
 from graphopt.layer_inputs import Gram, GramRequest, request_of
@@ -371,11 +371,9 @@ def _curve(group: Group, found: Sequence[_Solved]) -> Curve:
 def _magnitude(group: Group) -> Curve:
     energy = np.zeros(group.size)
     for site in group.role("makes"):
-        values = np.asarray(site.tensor.values)
-        if is_float(values.dtype):
-            along = np.square(values.astype(np.float64)).sum(
-                axis=tuple(i for i in range(values.ndim) if i != site.axis)
-            )
+        values = weights_of(site)
+        if values is not None:
+            along = np.square(values).sum(axis=tuple(i for i in range(values.ndim) if i != site.axis))
             mine = site.units >= 0
             energy += np.bincount(site.units[mine], along[mine], group.size) / max(float(along.sum()), 1e-30)
     order = np.argsort(energy, kind="stable")

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from graphopt.base import Context
+from graphopt.channel_costs import weights_of
 from graphopt.channel_losses import curves, reader_of
 from graphopt.errors import SpecError, did_you_mean
-from graphopt.tensors import is_float
 
 if TYPE_CHECKING:
     from graphopt.analysis.channels import Group, Site
@@ -80,12 +80,6 @@ def per_unit(values: Array, site: Site, size: int) -> Array:
     along = values.sum(axis=tuple(i for i in range(values.ndim) if i != axis), dtype=np.float64)
     mine = site.units >= 0
     return np.bincount(site.units[mine], weights=along[mine], minlength=size)[:size]
-
-
-def weights_of(site: Site) -> Array | None:
-    """Return a site's constant as float64; None where it holds no floats."""
-    values = np.asarray(site.tensor.values)
-    return values.astype(np.float64) if is_float(values.dtype) else None
 
 
 def _rows(group: Group, roles: Sequence[str], number: Callable[[Site, Array], Array | None]) -> list[Array]:

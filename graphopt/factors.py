@@ -19,7 +19,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 BUDGET = 1 << 29
 """Bytes of Gram matrices asked for at a time."""
 
-ROWS = 2048
+ROWS = 1024
 """Rows taken of each tensor and sample."""
 
 

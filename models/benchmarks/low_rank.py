@@ -42,7 +42,7 @@ Array = np.ndarray[Any, Any]
 PARTS = (0.25, 0.5, 0.75)
 """Of the rank from which on a layer takes less work as it is."""
 
-CHOOSING, JUDGING, ROWS = 24, 8, 1024
+CHOOSING, JUDGING, ROWS = 24, 8, 512
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ MOST_COLUMNS = 40_000
 """Combinations of counts up to which the program goes to the solver."""
 
 _SLACK = 1e-9
+_TOLERANCE = 2e-6  # of the solver, whose choices would else exceed the bound by as much
 
 
 class Costs(Protocol):
@@ -273,7 +274,7 @@ def allocate(
     if sum(len(table) for table in tables.values()) <= MOST_COLUMNS:
         most = found.loss if found is not None else math.inf
         solved = _solved(_within(options, losses, most), losses, tables, bound, time_limit)
-        if solved is not None and (found is None or solved.loss <= found.loss):
+        if solved is not None and (found is None or solved.loss <= found.loss * (1.0 + _SLACK)):
             return solved
     if found is None:
         cheapest = _Tables(tables).cheapest(options)
@@ -416,7 +417,7 @@ def _solved(
     ]
     constant = tables.get((), {}).get((), 0.0)
     try:
-        found = least_loss(Problem(items, terms, constant), bound, time_limit=time_limit)
+        found = least_loss(Problem(items, terms, constant), bound * (1.0 - _TOLERANCE), time_limit=time_limit)
     except GateMissedError:
         return None
     counts = {g: int(pick) for g, pick in found.picks.items()}

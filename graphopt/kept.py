@@ -24,6 +24,9 @@ KEY = "graphopt.kept"
 GROUPS = "graphopt.kept.groups"
 """Metadata of the node that a channel group is called after: name of the group -> channels of the node that it had."""
 
+REQUESTS = "graphopt.kept.requests"
+"""Metadata of the same nodes: what was asked for when they were cut, so that asking for it again cuts nothing more."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -94,6 +97,21 @@ def groups(node: gs.Node) -> dict[str, int]:
         return {str(name): int(size) for name, size in said.items()}
     except (ValueError, TypeError, AttributeError):
         return {}
+
+
+def requests(node: gs.Node) -> list[str]:
+    """Return what was asked for when groups called after a node were cut."""
+    try:
+        return [str(text) for text in json.loads(_metadata(node).get(REQUESTS, "[]"))]
+    except (ValueError, TypeError):
+        return []
+
+
+def record_request(node: gs.Node, text: str) -> None:
+    """Write down what was asked for at a node that a group is called after."""
+    held = requests(node)
+    if text not in held:
+        _metadata(node, make=True)[REQUESTS] = json.dumps([*held, text])
 
 
 def _metadata(node: gs.Node, *, make: bool = False) -> dict[str, str]:

@@ -10,6 +10,7 @@ groups of coupled channels (`analysis/channels.py`)
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt import kept as notes
 from graphopt.analysis.channels import Group, find_groups
 from graphopt.base import Change, Context, Exactness, Loss, Pass
 from graphopt.channel_choice import choose, choose_by_loss, elements_per_unit, keep_first
@@ -24,8 +26,6 @@ from graphopt.channel_costs import MacsModel
 from graphopt.channel_losses import Curve, losses
 from graphopt.errors import DataError, ModelError, SpecError, did_you_mean
 from graphopt.importance import COMBINES, CRITERIA, scores
-from graphopt.kept import groups as groups_cut
-from graphopt.kept import width_before
 from graphopt.masking import proved, runs
 from graphopt.model import Model, from_snapshot
 from graphopt.names import matches
@@ -108,11 +108,14 @@ class PruneChannels(Pass):
     def run(self, graph: gs.Graph, ctx: Context) -> Iterator[Change]:
         """Propose one change per group that is cut; the cut of all of them is made, as one, at the end."""
         found = find_groups(ctx.model, ctx.shapes, ctx.evaluate, normalization=self.normalization).groups
-        yield from (Change(g.name, _what(g), g.frozen) for g in found if g.frozen)
-        before = [name for node in graph.nodes for name in groups_cut(node)]
+        yield from (Change(g.name, f"{g.size} {g.kind}", g.frozen) for g in found if g.frozen)
+        before = [name for node in graph.nodes for name in notes.groups(node)]
         self._check_names([*(g.name for g in found), *before])
         if before:
-            ctx.notes.append(f"pruned before: what is asked for counts from the first widths of {len(before)} groups")
+            ctx.notes.append(f"pruned before: a ratio is of the widths that {len(before)} groups had at first")
+        request = json.dumps(self.options(), sort_keys=True)
+        if any(request in notes.requests(node) for node in graph.nodes):
+            return
         cutter = _Cutter(ctx, [g for g in found if not g.frozen and self._may_cut(g)])
         wanted = cutter.settle(self)
         yield from (Change(name, "its channels are not cut", why) for name, why in cutter.refused.items())
@@ -125,7 +128,7 @@ class PruneChannels(Pass):
                     lambda name=group.name, stay=stay: accepted.update({name: stay}),  # type: ignore[misc]
                 )  # fmt: skip
         if accepted:
-            cutter.cut(accepted, proven=len(accepted) == len(wanted))
+            cutter.cut(accepted, request if len(accepted) == len(wanted) else "")
 
     def _check_names(self, names: Sequence[str]) -> None:
         for name in _parsed(self.counts):
@@ -146,10 +149,6 @@ def _parsed(counts: Sequence[str]) -> dict[str, int]:
             raise ValueError(f"counts are GROUP=UNITS with 1 unit or more, not {text!r}")
         found[name.strip()] = int(count)
     return found
-
-
-def _what(group: Group) -> str:
-    return f"{group.size} {group.kind}"
 
 
 class _Cutter:
@@ -180,16 +179,24 @@ class _Cutter:
             self.groups = [group for group in self.groups if group.name not in refused]
         return {}
 
-    def cut(self, kept: Mapping[str, Array], *, proven: bool) -> None:
+    def cut(self, kept: Mapping[str, Array], request: str) -> None:
         """Cut groups out of the model.
 
+        Args:
+            kept: the units that stay.
+            request: what this answers, all of it; "" where it is only a part of what was proved.
+
         Raises:
-            ModelError: it is not what was proved, and does not hold on its own.
+            ModelError: a part of what was proved does not hold on its own.
         """
-        if not proven and (why := self._wrong(kept)):
+        if not request and (why := self._wrong(kept)):
             raise ModelError(f"the cut of a part of the groups does not hold: {why}")
         surgery, _ = self._plan(kept)
         surgery.operate(self.ctx.model, self.ctx.fresh_name)
+        for name in kept if request else ():
+            site = first_site(self._by_name[name])
+            if site is not None and site.node is not None:
+                notes.record_request(site.node, request)
 
     def _refusals(self, wanted: Mapping[str, Array]) -> dict[str, str]:
         """Return the groups whose cut is impossible or wrong, and why."""
@@ -318,7 +325,7 @@ def _as_it_was(group: Group) -> Group:
     if site is None or site.node is None:
         return group
     width = width_of(site)
-    size = width_before(site.node, group.name, width) * group.size // width
+    size = notes.width_before(site.node, group.name, width) * group.size // width
     if size <= group.size:
         return group
     whole = replace(site, units=np.repeat(np.arange(size), elements_per_unit(group)))

@@ -25,12 +25,13 @@ from graphopt.moments import Fit, Moments, Split
 from graphopt.reconstruct import solve
 from graphopt.sparse_layers import SparseLayer
 from graphopt.sparsity import (
+    STAGES,
     Pattern,
     Sparse,
     lowest_in_runs,
     lowest_per_output,
+    made_up_for,
     relative_error,
-    sparsegpt,
     wanda_scores,
 )
 
@@ -92,8 +93,9 @@ def second_moments(gram: Gram) -> Array:
 
 
 def pruned(
-    layer: SparseLayer, weight: Array, matrix: Array, amount: float, criterion: str, pattern: Pattern | None = None
-) -> Sparse:
+    layer: SparseLayer, weight: Array, matrix: Array, amount: float, criterion: str, pattern: Pattern | None = None,
+    stages: int = STAGES,
+) -> Sparse:  # fmt: skip
     """Return a weight (group, inputs, outputs) made sparse by a criterion that looks at its inputs.
 
     Args:
@@ -103,12 +105,13 @@ def pruned(
         amount: part of the elements that becomes zero.
         criterion: `wanda` or `sparsegpt`.
         pattern: zeros come in runs.
+        stages: in which `sparsegpt` makes them.
     """
     zero = layer.rows(layer.values()) == 0
     zero = zero if pattern is not None or zero.mean() <= amount else np.zeros_like(zero)
     order = layer.pattern_order()[0]
     if criterion == "sparsegpt":
-        return sparsegpt(weight, matrix, amount, pattern=pattern, order=order, zero=zero)
+        return made_up_for(weight, matrix, amount, pattern=pattern, order=order, zero=zero, stages=stages)
     scores = np.where(zero, -1.0, wanda_scores(weight, matrix))
     mask = lowest_per_output(scores, amount) if pattern is None else lowest_in_runs(scores, pattern, order)
     found = np.where(mask, 0.0, weight)
@@ -154,7 +157,7 @@ def curves(ctx: Context, layers: Sequence[SparseLayer], amount: float, criterion
     found: dict[str, Curve] = {}
     for layer, gram in grams(ctx, layers):
         weight, matrix = layer.rows(layer.values()).astype(np.float64), second_moments(gram)
-        near, far = (pruned(layer, weight, matrix, each, criterion) for each in (low, high))
+        near, far = (pruned(layer, weight, matrix, each, criterion, stages=0) for each in (low, high))
         harm = 1.0
         if layer.tensor.name in names and near.error > 0:
             harm = noise({layer.tensor.name: layer.from_rows(near.weight)}) / near.error

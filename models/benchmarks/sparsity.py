@@ -9,6 +9,7 @@ that judge are disjoint.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import time
@@ -26,7 +27,6 @@ from graphopt.models.digits import demo_model, task
 from graphopt.optimizer import optimize
 from graphopt.pipeline import Pipeline, Settings
 from graphopt.runtime import Session
-from graphopt.samples import Samples
 
 HALF = (
     "amount=0.5,criterion=magnitude", "amount=0.5,criterion=wanda", "amount=0.5,criterion=sparsegpt",
@@ -67,9 +67,8 @@ def subjects() -> dict[str, Subject]:
     found = {"digits": Subject(demo_model, (*HALF, *MORE), task.calibration, {"right": task.accuracy})}
     for name in ("efficientnet-lite0-torchscript", "minilm-torchscript"):
         case = CASES[name]
-        found[name] = Subject(
-            lambda name=name: zoo.fetch(name), HALF, lambda case=case: case.calibration(case.items), case.metrics
-        )  # type: ignore[misc]  # mypy cannot infer lambdas with defaults
+        model, samples = functools.partial(zoo.fetch, name), functools.partial(case.calibration, case.items)
+        found[name] = Subject(model, HALF, samples, case.metrics)
     return found
 
 

@@ -66,7 +66,12 @@ class Surgery:
             for place, patch in self.patches.items():
                 replaced += _patched(edit, nodes, place, patch, fresh)
             edit.sweep()
-            drop_declared(model.graph, {id(tensor) for tensor in replaced if not edit.is_used(tensor)})
+            unread = [tensor for tensor in replaced if not edit.is_used(tensor)]
+            drop_declared(model.graph, {id(tensor) for tensor in unread})
+            for node in (
+                node for tensor in unread for node in tensor.inputs
+            ):  # a Constant: its values stand nowhere else
+                edit.remove(node)
         _state(nodes, self.shapes)
         for place, (width, stay) in self.layers.items():
             notes.record(nodes[place], width, stay)
@@ -279,7 +284,7 @@ def _patched(
         taking = [node.inputs[0], gs.Constant(fresh(f"{out.name}/places"), places.astype(np.int64))]
         edit.insert_after(before, [make_node("Gather", taking, [out], {"axis": axis}, name=out.name, like=[node])])
         edit.set_input(node, 0, out)
-    return [tensor for tensor in replaced if isinstance(tensor, gs.Constant)]
+    return [tensor for tensor in replaced if is_constant(tensor)]
 
 
 def _blend(node: gs.Node, port: int, mask: Array, values: Array, fresh: Callable[[str], str]) -> list[gs.Node]:

@@ -20,10 +20,12 @@ import onnx_graphsurgeon as gs
 
 from graphopt import kept as notes
 from graphopt.analysis.channels import Group, find_groups
+from graphopt.analysis.constants import is_constant
 from graphopt.base import Change, Context, Exactness, Loss, Pass
 from graphopt.channel_choice import choose, choose_by_loss, elements_per_unit, keep_first
 from graphopt.channel_costs import MacsModel
 from graphopt.channel_losses import Curve, losses
+from graphopt.edit import label, nested_graphs
 from graphopt.errors import DataError, ModelError, SpecError, did_you_mean
 from graphopt.importance import COMBINES, CRITERIA, scores
 from graphopt.masking import proved, runs
@@ -109,6 +111,7 @@ class PruneChannels(Pass):
         """Propose one change per group that is cut; the cut of all of them is made, as one, at the end."""
         found = find_groups(ctx.model, ctx.shapes, ctx.evaluate, normalization=self.normalization).groups
         yield from (Change(g.name, f"{g.size} {g.kind}", g.frozen) for g in found if g.frozen)
+        yield from _inside(graph)
         before = [name for node in graph.nodes for name in notes.groups(node)]
         self._check_names([*(g.name for g in found), *before])
         if before:
@@ -138,6 +141,15 @@ class PruneChannels(Pass):
 
     def _may_cut(self, group: Group) -> bool:
         return matches(group.name, self.only, self.skip)
+
+
+def _inside(graph: gs.Graph) -> Iterator[Change]:
+    """Name the nodes whose graphs hold layers."""
+    for node in graph.nodes:
+        inside = (n for inner in nested_graphs([node]) for n in inner.nodes)
+        layers = sum(any(is_constant(t) and len(t.shape or ()) > 1 for t in n.inputs) for n in inside)
+        if layers:
+            yield Change(label(node), f"{layers} layers inside it", "graphs inside nodes are not cut")
 
 
 def _parsed(counts: Sequence[str]) -> dict[str, int]:

@@ -18,9 +18,6 @@ from onnx import numpy_helper
 Array: TypeAlias = np.ndarray[Any, Any]
 Use: TypeAlias = tuple[str, int]
 
-PRESENT = 0.05
-"""Part of a slice's numbers that the smaller weight must hold for the slice to be there: other axes are cut too."""
-
 MAKES = {"Conv": 0, "ConvTranspose": 1, "MatMul": -1, "Gather": -1, "LSTM": 1, "GRU": 1, "Transpose": 0}
 """Axis of a layer's weight along which its output channels lie; vectors have but one."""
 
@@ -98,7 +95,8 @@ def _uses(model: onnx.ModelProto) -> Iterator[tuple[Use, onnx.NodeProto, Array]]
 
 
 def _kept(values: Array, cut: Array, axis: int) -> Array:
+    """Return the indices of which most numbers are still there: not all, for other axes are cut too."""
     if cut.shape[axis] == values.shape[axis]:
         return np.arange(values.shape[axis])
     there = np.isin(values, cut).mean(axis=tuple(i for i in range(values.ndim) if i != axis))
-    return np.flatnonzero(there > PRESENT)
+    return np.sort(np.argsort(-there, kind="stable")[: cut.shape[axis]])

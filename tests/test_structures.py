@@ -26,7 +26,11 @@ from graphopt.pipeline import Pipeline, Settings
 from tests.cut_twins import Slices, Use, slices, twin
 
 CUT = "prune-channels{criterion=random,spread=local,ratio=0.4,round_to=1}"
-STAGES = ("raw", "canonical")
+CASES = [
+    pytest.param(name, stage, marks=pytest.mark.slow if (stage == "raw") == name.endswith("torchscript") else ())
+    for name in structures.names() for stage in ("raw", "canonical")
+]  # fmt: skip
+"""Both stages of all; by default what dynamo and hands wrote as it came, TorchScript's in canonical form."""
 
 NOISE = 2e-5
 """Relative to the largest element: float32 sums of a few hundred terms in another order, some twenty layers deep."""
@@ -102,14 +106,13 @@ def cut_of(model: graphopt.Model) -> graphopt.Model:
 
 
 def size(model: graphopt.Model, name: str) -> tuple[int | None, int]:
-    """Return MACs, None where some are unknown, and parameters."""
+    """Return MACs, None where some are unknown, and bytes of weights."""
     shapes = {key: list(spec.shape) for key, spec in structures.inputs(name).items()}
     cost = costs(model, inputs=shapes)
-    return None if cost.unknown else cost.macs, sum(int(np.prod(c.shape)) for c in model.constants())
+    return None if cost.unknown else cost.macs, model.weight_bytes()
 
 
-@pytest.mark.parametrize("name", structures.names())
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("name", "stage"), CASES)
 def test_cut_model_equals_masked_twins(name: str, stage: str) -> None:
     before = proto(name, stage)
     model = graphopt.load(before)
@@ -129,8 +132,7 @@ def test_cut_model_equals_masked_twins(name: str, stage: str) -> None:
     assert macs is None or fewer is None or fewer < LESS * macs
 
 
-@pytest.mark.parametrize("name", [name for name in structures.names() if structures.norm(name) != "none"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("name", "stage"), [case for case in CASES if structures.norm(str(case.values[0])) != "none"])
 def test_weights_have_an_axis_that_can_be_cut(name: str, stage: str) -> None:
     found = groups_of(graphopt.load(proto(name, stage)))
     held, total = found.coverage()

@@ -16,14 +16,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from graphopt import factorizer
 from graphopt.analysis.factorable import MARK
 from graphopt.data import load_samples
 from graphopt.errors import DataError, GateMissedError, GraphoptError, ModelError, SpecError
+from graphopt.factor_choice import FactorChoice
 from graphopt.factorizer import Factorized, factorize
-from graphopt.model import load
-from graphopt.optimizer import CLEANUP
+from graphopt.judge import Comparison
+from graphopt.model import Model, load
+from graphopt.optimizer import CLEANUP, optimize
 from graphopt.pipeline import Pipeline, Result, Settings
 from graphopt.quality import Bound
+from graphopt.ratio import Ratio
 from graphopt.runtime import Session
 from graphopt.text import to_text
 
@@ -565,3 +569,48 @@ def test_tables_take_what_the_layers_leave_of_the_bound() -> None:
         assert report.error is not None or not embeddings
         assert (report.error or 0.0) <= 0.05
         assert (report.bytes_after < 0.6 * report.bytes_before) == embeddings
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let work stand for time, at the places where time is measured."""
+
+    def macs(model: Model, task: factorizer._Task) -> float:
+        return float(task._macs(model) or 0)
+
+    def compare(task: factorizer._Task, candidates: Sequence[tuple[str, Model]]) -> list[Comparison]:
+        base = macs(task.canonical(), task)
+        ratios = [0.02 + macs(model, task) / base for _, model in candidates]  # what is measured is not what adds up
+        return [Comparison({"1 thread": Ratio(r, r, r, 0.95, 10, 5)}) for r in ratios]
+
+    monkeypatch.setattr(factorizer._Task, "compare", compare)
+    monkeypatch.setattr(factorizer._Task, "_seconds", lambda task: macs(task.canonical(), task))
+    monkeypatch.setattr(FactorChoice, "_measured", FactorChoice._counted)
+    monkeypatch.setattr(factorizer._Task, "lossless", lambda task: optimize(task.original, measure=False, verify="off"))
+
+
+@pytest.mark.usefixtures("counted")
+def test_a_latency_is_aimed_at_until_it_is_reached(digits: Any) -> None:
+    model, train, *_ = digits
+    errors = []
+    for target in (0.7, 0.4):
+        report = factorize(model, data=batches(train), target_latency=target).report
+        assert report.timing is not None
+        assert 0.5 * target < report.timing.overall.median <= target
+        errors.append(report.error or 0.0)
+    assert errors[0] < errors[1]
+    with pytest.raises(GateMissedError, match="the best reached is"):
+        factorize(model, data=batches(train), target_latency=0.06)
+    with pytest.raises(GateMissedError, match="cannot be reached|not within the bound"):
+        factorize(model, data=batches(train), target_latency=0.4, bound=Bound(min_sqnr=80.0))
+
+
+@pytest.mark.usefixtures("counted")
+def test_what_is_not_faster_is_not_returned(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train, *_ = digits
+    slower = [Comparison({"1 thread": Ratio(1.2, 1.1, 1.3, 0.95, 10, 5)})]
+    monkeypatch.setattr(factorizer._Task, "compare", lambda *_: slower)
+    result = factorize(model, data=batches(train), max_error=0.1)
+    assert result.report.decision == "lossless"
+    assert "not faster than the lossless model: 1.200 of its time" in result.report.reason
+    assert error(model, result.model, batches(train[:50])) < 1e-6

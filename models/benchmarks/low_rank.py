@@ -30,8 +30,9 @@ from graphopt.factors import Solved, Solver, in_parts
 from graphopt.grams import collect
 from graphopt.layer_inputs import Gram
 from graphopt.model import Model, Source
-from graphopt.models import zoo
-from graphopt.models.tasks import crops, magika_files, minilm_pairs, ocr_rec
+from graphopt.models import digits, zoo
+from graphopt.models.digits import task as digits_task
+from graphopt.models.tasks import crops, magika_files, minilm_pairs, ocr_cls, ocr_det, ocr_rec
 from graphopt.optimizer import DEFAULT_OPSET, default_pipeline
 from graphopt.pipeline import Settings
 from graphopt.quality import Bound
@@ -59,8 +60,20 @@ TASKS: Mapping[str, Task] = {
     "minilm-dynamo": Task(minilm_pairs.calibration, minilm_pairs.selection, minilm_pairs.neighbour_right),
     "efficientnet-lite0-torchscript": Task(crops.calibration, crops.selection, crops.top1_agreement),
     "ppocr-rec": Task(ocr_rec.calibration, ocr_rec.selection, ocr_rec.lines_right),
+    "ppocr-det": Task(ocr_det.calibration, ocr_det.selection),
+    "ppocr-cls": Task(ocr_cls.calibration, ocr_cls.selection),
+    "digits": Task(digits_task.calibration, lambda: digits_images(256)),
     "magika": Task(magika_files.calibration, magika_files.selection, magika_files.type_right),
 }
+
+
+def digits_images(count: int) -> Iterator[Feeds]:
+    """Yield labelled test images of digits, which neither trained nor chose."""
+    with np.load(digits.demo_data()) as archive:
+        images = archive["image"][:count]
+    for start in range(0, count, 32):
+        yield {"image": images[start : start + 32]}
+
 
 INTRODUCTION = """\
 # Low rank: figures
@@ -125,7 +138,7 @@ def errors(name: str) -> Iterator[str]:
     """Yield a row for each part of the rank."""
     task = TASKS[name]
     canonical = default_pipeline(DEFAULT_OPSET, "canonical").run(
-        zoo.fetch(name), settings=Settings(verify="off")
+        digits.demo_model() if name == "digits" else zoo.fetch(name), settings=Settings(verify="off")
     ).model  # fmt: skip
     choosing, judging = _limited(task.choosing, CHOOSING), _limited(task.judging, JUDGING)
     layers = [layer for layer in find(canonical.graph) if not layer.why]

@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _told() -> str:
     found = environment.describe()
-    return f"ONNX Runtime {found.get('onnxruntime', '')}, {found.get('cpu', '')}."
+    return f"ONNX Runtime {found['packages'].get('onnxruntime', '')}, {found['cpu']}."
 
 
 ERROR_HEAD = """\

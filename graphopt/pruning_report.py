@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ from graphopt.report import human_count
 
 SHOWN = 40
 """Groups listed on a terminal, those that can be cut first."""
+
+
+NODE = re.compile(r" '[^']*'")
+"""What names a node in a reason: left out where reasons are counted."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def render(report: PruningReport, *, everything: bool = False) -> Group:
         parts.append(tried_table(report.tried))
     if report.decision == "explained":
         parts.append(Text(f"{report.covered:.1%} of the parameters stand in weights with an axis that can be cut"))
-        whys = Counter(row["why"] for row in report.frozen)
+        whys = Counter(NODE.sub("", row["why"]) for row in report.frozen)
         parts += [Text(f"frozen: {why}" + (f" ({count} axes)" if count > 1 else "")) for why, count in whys.items()]
         return Group(*parts)
     return Group(*parts, *(Text(line) for line in report.summary()))

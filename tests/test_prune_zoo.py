@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 import graphopt
 from graphopt import runtime
@@ -22,10 +23,24 @@ CUT = "prune-channels{criterion=random,spread=local,ratio=0.4,round_to=1}"
 NOISE = 1e-4
 """Relative to the largest element: what `optimize` is held to; some of these differ by 5e-5 from themselves."""
 
+SMALL = 16
+"""Elements up to which a constant may be something else than weights."""
+
 QUICK = {"ppocr-cls", "magika", "silero-vad-16k-op15"}
 
-REFUSED: dict[str, str] = {}
-"""Models of which nothing can be cut, and a word of the reason that they give."""
+REFUSED = dict.fromkeys(("silero-vad", "silero-vad-op18-ifless"), "graphs inside nodes are not cut")
+"""Models of which nothing can be cut, and the reason that they give."""
+
+
+def distinct(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with weights a thousandth off, so that hardly any number stands twice among them."""
+    rng = np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) > SMALL:
+            values = numpy_helper.to_array(tensor)
+            off = (np.abs(values) + 1e-2 * values.std()) * 1e-3 * rng.standard_normal(values.shape)  # zeros too
+            tensor.CopyFrom(numpy_helper.from_array((values + off).astype(np.float32), tensor.name))
+    return model
 
 
 def fetched(name: str) -> Path:
@@ -40,7 +55,8 @@ def fetched(name: str) -> Path:
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zoo.names()])
 def test_cut_equals_twin_or_reason_is_given(name: str) -> None:
-    model = graphopt.optimize(fetched(name), stage="canonical", measure=False).model
+    before = distinct(graphopt.optimize(fetched(name), stage="canonical", measure=False).proto)
+    model = graphopt.load(before)
     result = Pipeline(CUT).run(model, settings=Settings(verify="off"))
     (record,) = result.report.passes
     assert record.failure is None
@@ -49,7 +65,7 @@ def test_cut_equals_twin_or_reason_is_given(name: str) -> None:
         assert record.changes == 0
         assert REFUSED[name] in reasons
         return
-    before, after = model.proto, result.proto
+    after = result.proto
     onnx.checker.check_model(after, full_check=True)
     gone = slices(before, after)
     assert gone

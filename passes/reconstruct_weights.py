@@ -31,6 +31,7 @@ from graphopt.moments import Fit, Split
 from graphopt.ops import is_standard
 from graphopt.reconstruct import Solution, solve
 from graphopt.registry import register
+from graphopt.sparse_marks import marks
 
 Array = np.ndarray[Any, Any]
 
@@ -48,7 +49,7 @@ class ReconstructWeights(Pass):
     Lossy, keeps the signature; needs samples, and the model before the cut: it works in the pipeline that cuts.
 
     Options:
-        method: `least-squares` fits weights and biases, `bias` moves biases alone.
+        method: `least-squares` fits weights and biases, `bias` moves biases alone (as it is for sparse weights anyhow).
         rows: measured of each layer over all samples, drawn at random; 0 for as many as its width asks for.
         sums: whether a layer before a sum is fitted to the sum.
         only, skip: globs of layer names.
@@ -127,7 +128,8 @@ class ReconstructWeights(Pass):
             if not split.train.count:
                 yield Change(fit.label, WHAT, "its input is empty on the samples, or not finite")
                 continue
-            solution = solve_layer(layer, split, self.method)
+            sparse = bool(marks(ctx.model.metadata(layer.node)))  # least squares would fill in its zeros
+            solution = solve_layer(layer, split, "bias" if sparse else self.method)
             yield Change(fit.label, TAKEN[solution.method], _why(solution), _writer(graph, ctx, layer, solution, mark))
 
 

@@ -26,6 +26,7 @@ from graphopt.passes.reconstruct_weights import targets
 from graphopt.pipeline import Pipeline, Result, Settings
 from graphopt.reconstruct import solve
 from graphopt.runtime import Session, evaluate
+from graphopt.sparse_marks import Mark, write_mark
 from graphopt.sweep import Fit, Moments, Split
 
 Array = np.ndarray[Any, Any]
@@ -308,6 +309,19 @@ def test_nothing_to_do_without_a_cut() -> None:
     found = run("reconstruct-weights", network())
     assert found.report.passes[0].changes == 0
     assert not found.report.passes[0].blocked
+
+
+def test_zeros_of_sparse_weights_stay() -> None:
+    model = load(network())
+    back = next(node for node in model.graph.nodes if label(node) == "back")
+    values = np.array(back.inputs[1].values)
+    values[:, ::2] = 0
+    back.inputs[1].values = values
+    write_mark(model.metadata(back), 1, Mark(0.5, "free", "0.5 magnitude"))
+    found = run("cut-by-hand, reconstruct-weights", model)
+    now = next(node for node in found.model.graph.nodes if label(node) == "back")
+    np.testing.assert_array_equal(now.inputs[1].values, values[CUT["stem"]][:, CUT["wide"]])
+    assert not np.array_equal(now.inputs[2].values, np.asarray(back.inputs[2].values)[CUT["stem"]])
 
 
 def test_samples_are_needed() -> None:

@@ -91,7 +91,7 @@ def test_sparsegpt_has_the_zeros_asked_for_and_errs_less_than_wanda(seed: int, a
 def test_what_is_left_is_the_least_squares_solution() -> None:
     weight, matrix = problem(1, 1, 16, 3)
     matrix = matrix + 0.05 * np.eye(16)
-    mask = np.random.default_rng(0).random(weight.shape) < 0.5
+    mask: Array = np.random.default_rng(0).random(weight.shape) < np.full(weight.shape, 0.5)
     found = np.where(mask, 0.0, weight)
     refit(found, weight, matrix, mask, 60)
     for j in range(3):

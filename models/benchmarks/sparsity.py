@@ -72,8 +72,8 @@ def subjects() -> dict[str, Subject]:
     return found
 
 
-def rows(name: str, subject: Subject, done: Callable[[Row], None]) -> None:
-    """Make and judge each result of one model, the float model first."""
+def rows(name: str, subject: Subject, items: int | None, done: Callable[[Row], None]) -> None:
+    """Make and judge each result of one model, the float model first, on so many items (None: all)."""
     base = optimize(subject.model(), stage="canonical", measure=False).model
     samples = load_samples(list(subject.samples()), base)
     settings = Settings(verify="off", on_failure="stop")
@@ -86,7 +86,7 @@ def rows(name: str, subject: Subject, done: Callable[[Row], None]) -> None:
         )
         seconds = time.perf_counter() - started
         predict = Session(model, threads=1).run
-        metrics = {title: float(np.mean(metric(predict))) for title, metric in subject.metrics.items()}
+        metrics = {title: float(np.mean(metric(predict, limit=items))) for title, metric in subject.metrics.items()}
         dense, file = (model.emit(compact=compact).SerializeToString(deterministic=True) for compact in (False, True))
         done(Row(name, spec, metrics, len(dense), len(file), len(gzip.compress(file, 6)), seconds))
 
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=Path, help="results of earlier runs, one JSON document a line; new ones are added"
     )
+    parser.add_argument("--items", type=int, help="that judge at most")
     given = parser.parse_args()
     known = subjects()
     found = []
@@ -150,7 +151,7 @@ def main() -> None:
                 file.write(json.dumps(asdict(row)) + "\n")
 
     for name in given.models or known:
-        rows(name, known[name], done)
+        rows(name, known[name], given.items, done)
     if given.output is not None:
         order = list(known)
         given.output.write_text(HEAD + table(sorted(found, key=lambda row: order.index(row.model))) + "\n")

@@ -20,7 +20,9 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analysis.constants import is_constant
 from graphopt.analysis.differences import differing
+from graphopt.analysis.shapes import Shapes
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, is_output, label, nested_graphs
 from graphopt.kept import positions
@@ -92,7 +94,7 @@ class ReconstructWeights(Pass):
             elif why:
                 yield Change(name, WHAT, why)
         fits: list[Fit] = []
-        for fit in targets(graph, reference.graph, list(found.values()), sums=self.sums):
+        for fit in targets(graph, reference.graph, list(found.values()), ctx.shapes if self.sums else None):
             if isinstance(fit, Fit):
                 fits.append(fit)
             else:
@@ -166,9 +168,12 @@ def reached(graph: gs.Graph, reference: gs.Graph) -> Iterator[LinearLayer | tupl
 
 
 def targets(
-    graph: gs.Graph, reference: gs.Graph, layers: Sequence[LinearLayer], *, sums: bool = True
+    graph: gs.Graph, reference: gs.Graph, layers: Sequence[LinearLayer], shapes: Shapes | None
 ) -> Iterator[Fit | tuple[str, str]]:
-    """Yield what each layer is to give, or (its label, why that is not known); in the order of `layers`, sorted."""
+    """Yield what each layer is to give, or (its label, why that is not known); in the order of `layers`, sorted.
+
+    With the shapes of `graph`, layers before a sum of two tensors of one shape are to make up the sum.
+    """
     made = {t.name: node for node in reference.nodes for t in node.outputs if t.name}
     named = {label(node): node for node in reference.nodes}
     twins = {}
@@ -187,7 +192,7 @@ def targets(
             yield layer.label, f"which of the {twin.channels} channels that it had are left is not known"
             continue
         target, minus = twin.output.name, ""
-        found = _sum_behind(graph, reference, layer, twin) if sums else None
+        found = _sum_behind(graph, reference, layer, twin, shapes) if shapes is not None else None
         if found is not None and behind.get(found[1], -1) < i:
             target, minus = found
         request = layer.request
@@ -219,15 +224,20 @@ def _channels(layer: LinearLayer, twin: LinearLayer) -> Array | None:
     return found if len(found) == layer.channels else None
 
 
-def _sum_behind(graph: gs.Graph, reference: gs.Graph, layer: LinearLayer, twin: LinearLayer) -> tuple[str, str] | None:
+def _sum_behind(
+    graph: gs.Graph, reference: gs.Graph, layer: LinearLayer, twin: LinearLayer, shapes: Shapes
+) -> tuple[str, str] | None:
     """Return the sum that a layer ends in, in the reference, and what is added to it now: names of tensors."""
     now, then = _only_add(graph, layer.output), _only_add(reference, twin.output)
     if now is None or then is None or now.outputs[0].name != then.outputs[0].name:
         return None
     other = next((t for t in now.inputs if t is not layer.output), None)
     before = next((t for t in then.inputs if t is not twin.output), None)
-    if other is None or before is None or isinstance(other, gs.Constant) or not other.name:
+    if other is None or before is None or is_constant(other) or not other.name:
         return None
+    own = shapes.proved(layer.output).shape
+    if own is None or None in own or own != shapes.proved(other).shape:
+        return None  # one is spread over the other, for all that is known
     return then.outputs[0].name, other.name
 
 

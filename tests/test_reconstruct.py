@@ -319,6 +319,14 @@ def test_layers_that_no_cut_reaches_are_left() -> None:
     assert blocked["free"] == "not among those asked for"
 
 
+def test_weights_that_are_replaced_are_gone() -> None:
+    cut, fitted = (run(text, network()).proto for text in ("cut-by-hand", "cut-by-hand, reconstruct-weights"))
+    read = {name for node in fitted.graph.node for name in node.input}
+    before = {name for node in cut.graph.node for name in node.input}
+    left = {i.name for i in cut.graph.initializer} - before  # the hand leaves these
+    assert {i.name for i in fitted.graph.initializer} - read <= left
+
+
 def test_nothing_to_do_without_a_cut() -> None:
     found = run("reconstruct-weights", network())
     assert found.report.passes[0].changes == 0

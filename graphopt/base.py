@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -86,6 +86,13 @@ class Observes(Protocol):
         self, reference: Model, names: Sequence[str], limit: int = 0, model: Model | None = None
     ) -> Measure:
         """Return a function from values of constants to the noise at the outputs."""
+
+    @property
+    def samples(self) -> Samples | None:
+        """What is run."""
+
+    def halves(self) -> tuple[Observes, Observes] | None:
+        """Return what observes the two halves of the samples that differ most, None where they are few."""
 
     def sweep(self, fits: Sequence[Fit], reference: Model, rows: int = 0) -> Iterator[tuple[Fit, Split]]:
         """Yield moments of layers' inputs against tensors of the reference, in order."""
@@ -225,6 +232,18 @@ class Context:
             ModelError: ORT refuses the model.
         """
         return self._observing().runner(model)
+
+    def halves(self) -> tuple[Context, Context] | None:
+        """Return the same model with the two halves of the samples that differ most; None where they are few.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        found = self._observing().halves()
+        if found is None:
+            return None
+        first, second = (replace(self, samples=observer.samples, observer=observer) for observer in found)
+        return first, second
 
     def _observing(self) -> Observes:
         if self.observer is None:

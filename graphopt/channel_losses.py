@@ -9,27 +9,25 @@ Units go one by one, each time the one that adds least, summed over all consumer
 output; H⁻¹ and W are brought up to date in between.  Only the rows and columns of the group take part, so that a group
 of n rows takes n³ operations, whatever else its consumers read.
 
-How far the model's outputs are then off is measured at a few counts, with the consumers' weights as least squares
-leaves them, and read off the curve of errors between these.  Source: Hassibi, Stork, Optimal Brain Surgeon, 1993;
-Kurtic, Frantar, Alistarh, ZipLM, NeurIPS 2023, for removing structures.
+How far the model's outputs are then off, `channel_noise.py` measures.  Source: Hassibi, Stork, Optimal Brain Surgeon,
+1993; Kurtic, Frantar, Alistarh, ZipLM, NeurIPS 2023, for removing structures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.base import Context
-from graphopt.channel_costs import MacsModel, weights_of
+from graphopt.channel_costs import weights_of
 from graphopt.edit import label
 from graphopt.gptq import damped
 from graphopt.layer_inputs import Gram, GramRequest, request_of
-from graphopt.model import Model
 from graphopt.ops import is_standard
 from graphopt.tensors import is_float
 
@@ -60,18 +58,6 @@ AHEAD = 4
 
 STEPS = 24
 """In so many steps all units go; within a step they go one by one."""
-
-PROBABILITIES = ("Softmax", "Sigmoid", "LogSoftmax")
-VIEWED = ("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Cast")
-
-WORK = 3e11
-"""MACs that all trials together may take."""
-
-FEEDS = (2, 32)
-"""Feeds of a trial, at least and at most."""
-
-LEVELS = (0.25, 0.5)
-"""Parts of a group without which the outputs are measured."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +278,7 @@ def _few(parts: Sequence[tuple[_Part, int]], size: int, count: int) -> tuple[lis
 
 
 @dataclass(frozen=True)
-class _Solved:
+class Solved:
     """A reader with its moments: H⁻¹, the mean of its rows, its weight as a matrix, and the variance of its output."""
 
     reader: Reader
@@ -302,7 +288,8 @@ class _Solved:
     energy: float
 
     @classmethod
-    def of(cls, reader: Reader, gram: Gram) -> _Solved | None:
+    def of(cls, reader: Reader, gram: Gram) -> Solved | None:
+        """Return a reader with what is known of its rows; None where nothing flows through it."""
         centred = gram.covariance() if reader.bias is not None else gram.matrix / max(gram.count, 1)
         matrix = reader.matrix()
         energy = float(np.sum((centred @ matrix) * matrix))
@@ -333,6 +320,10 @@ class _Solved:
         return values
 
 
+Fitted: TypeAlias = tuple["Curve", list["Solved"]]
+"""How a group shrinks on some samples: the order in which its units go, and its readers solved on these."""
+
+
 def curves(groups: Sequence[Group], ctx: Context) -> dict[str, Curve]:
     """Return how each group shrinks, by its name; nothing is measured at the model's outputs.
 
@@ -341,23 +332,41 @@ def curves(groups: Sequence[Group], ctx: Context) -> dict[str, Curve]:
     Raises:
         DataError: there are no samples.
     """
-    return {name: curve for name, curve, _ in _curves(groups, ctx)}
+    return {name: curve for name, curve, _ in shrinking(groups, [ctx])}
 
 
-def _curves(groups: Sequence[Group], ctx: Context) -> Iterator[tuple[str, Curve, list[_Solved]]]:
+def shrinking(groups: Sequence[Group], parts: Sequence[Context]) -> Iterator[tuple[str, Curve, list[Fitted]]]:
+    """Yield how each group shrinks: its name, its curve on all samples, and what each part of them says by itself.
+
+    Args:
+        groups: those that may be cut.
+        parts: the model with parts of the samples; one with all of them will do.
+
+    Raises:
+        DataError: there are no samples.
+    """
     readers = {g.name: [r for s in g.role("reads") if (r := reader_of(s, g.size)) is not None] for g in groups}
-    rows = max(16, ROWS // max(1, _count(ctx))) if any(readers.values()) else 0
+    rows = max(16, ROWS // max(1, sum(map(_count, parts)))) if any(readers.values()) else 0
     for batch in _batches(groups, readers):
         requests = {f"{g.name} {k}": r.request for g in batch for k, r in enumerate(readers[g.name])}
-        grams = ctx.grams(requests, rows) if requests else {}
+        grams = [ctx.grams(requests, rows) if requests else {} for ctx in parts]
         for group in batch:
-            found = [
-                solved
-                for k, reader in enumerate(readers[group.name])
-                if (gram := grams.get(f"{group.name} {k}")) is not None
-                and (solved := _Solved.of(reader, gram)) is not None
-            ]
-            yield group.name, _curve(group, found), found
+            labels = {f"{group.name} {k}": reader for k, reader in enumerate(readers[group.name])}
+            known = [{name: found[name] for name in labels if name in found} for found in grams]
+            whole = {name: sum((found[name] for found in known[1:]), known[0][name]) for name in known[0]}
+            everything = _fitted(group, labels, whole)
+            each = [_fitted(group, labels, found) for found in known] if len(parts) > 1 else [everything]
+            yield group.name, everything[0], each
+
+
+def _fitted(group: Group, readers: Mapping[str, Reader], grams: Mapping[str, Gram]) -> Fitted:
+    solved = _solved(readers, grams)
+    return _curve(group, solved), solved
+
+
+def _solved(readers: Mapping[str, Reader], grams: Mapping[str, Gram]) -> list[Solved]:
+    found = (Solved.of(reader, grams[name]) for name, reader in readers.items() if name in grams)
+    return [solved for solved in found if solved is not None]
 
 
 def _count(ctx: Context) -> int:
@@ -369,7 +378,7 @@ def magnitudes(groups: Sequence[Group]) -> dict[str, Curve]:
     return {group.name: _magnitude(group) for group in groups}
 
 
-def _curve(group: Group, found: Sequence[_Solved]) -> Curve:
+def _curve(group: Group, found: Sequence[Solved]) -> Curve:
     return Curve(*shrink([solved.part() for solved in found], group.size)) if found else _magnitude(group)
 
 
@@ -403,84 +412,3 @@ def _batches(groups: Sequence[Group], readers: Mapping[str, Sequence[Reader]]) -
         used += size
     if batch:
         yield batch
-
-
-def losses(
-    groups: Sequence[Group], ctx: Context, *, feeds: int = 0, progress: Callable[[str], None] | None = None
-) -> dict[str, Curve]:
-    """Return how each group shrinks, with the noise at the model's outputs measured at `LEVELS`.
-
-    Args:
-        groups: those that may be cut.
-        ctx: the model and its samples.
-        feeds: run for each trial (0: as many as keep all trials within `WORK`, from `FEEDS[0]` to `FEEDS[1]`).
-        progress: takes short sentences about what is going on.
-
-    Raises:
-        DataError: there are no samples.
-    """
-    found: dict[str, Curve] = {}
-    model = before_probabilities(ctx.model)
-    if not feeds:
-        each = MacsModel.of(ctx.model, (), ctx.samples).macs() * (len(LEVELS) + 1) * max(len(groups), 1)
-        feeds = int(np.clip(WORK / max(each, 1.0), *FEEDS))
-    for name, curve, solved in _curves(groups, ctx):
-        if progress is not None:
-            progress(f"loss of group {len(found) + 1} of {len(groups)}")
-        found[name] = _measured(curve, solved, ctx, model, feeds) if solved else curve
-    return _levelled(found)
-
-
-def before_probabilities(model: Model) -> Model:
-    """Return a copy whose outputs are what Softmax and Sigmoid make probabilities of, where these are its outputs.
-
-    Errors hide in probabilities near 0 and 1, until many of them together turn one over.
-    """
-    copy = model.copy()
-    found: dict[int, gs.Tensor] = {}
-    for tensor in copy.graph.outputs:
-        behind = _behind(tensor)
-        found[id(behind)] = behind
-    for tensor in found.values():
-        if not any(tensor is output for output in copy.graph.outputs):
-            tensor.dtype, tensor.shape = None, None  # ORT infers the type: a stale one would make it refuse the model
-            tensor.__dict__.pop("origin", None)
-    copy.graph.outputs[:] = list(found.values())
-    return copy
-
-
-def _behind(tensor: gs.Tensor) -> gs.Tensor:
-    """Return what a probability is made of, the tensor itself where it is none."""
-    current = tensor
-    while not isinstance(current, gs.Constant) and current.inputs:
-        node = current.inputs[0]
-        if is_standard(node, *PROBABILITIES):
-            below = node.inputs[0]
-            return tensor if isinstance(below, gs.Constant) or not below.inputs else below
-        if not is_standard(node, *VIEWED):
-            break
-        current = node.inputs[0]
-    return tensor
-
-
-def _measured(curve: Curve, solved: Sequence[_Solved], ctx: Context, model: Model, feeds: int) -> Curve:
-    size = len(curve.order)
-    counts = sorted({round(level * size) for level in LEVELS} - {0, size})
-    trials = [{k: v for s in solved for k, v in s.without(curve.order[:count]).items()} for count in counts]
-    if not trials:
-        return curve
-    measure = ctx.output_noise(model, list(trials[0]), feeds, model)
-    noise = np.maximum.accumulate([measure(trial) for trial in trials])
-    return replace(curve, noise=tuple(zip(counts, map(float, noise), strict=True)))
-
-
-def _levelled(found: Mapping[str, Curve]) -> dict[str, Curve]:
-    """Give groups that could not be measured the noise per error that is usual among those that were."""
-    rates = [c.noise[-1][1] / c.errors[c.noise[-1][0]] for c in found.values() if c.noise and c.errors[c.noise[-1][0]]]
-    usual = float(np.median(rates)) if rates else 1.0
-    result = {}
-    for name, curve in found.items():
-        half = len(curve.order) // 2
-        known = curve.noise or not half
-        result[name] = curve if known else replace(curve, noise=((half, usual * float(curve.errors[half])),))
-    return result

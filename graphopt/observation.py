@@ -118,6 +118,21 @@ class Observer:
         for feed in self._samples("values"):
             yield session.run(feed, names)
 
+    def halves(self) -> tuple[Observer, Observer] | None:
+        """Return the same for the two halves of the samples that differ most, None where they are few.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        from graphopt.dissimilar import split_apart  # noqa: PLC0415
+        from graphopt.runtime import Session  # noqa: PLC0415
+
+        found = split_apart(self.model, self._samples("halves"), Session(self.model).run)
+        if found is None:
+            return None
+        first, second = (Observer(self.model, half, seed=self.seed) for half in found)
+        return first, second
+
     def _samples(self, what: str) -> Samples:
         if self.samples is None or self.samples.random:
             raise DataError(f"{what} are measured on samples, and there are none", hint="give --data")

@@ -15,7 +15,8 @@ from graphopt import spec
 from graphopt.base import Context
 from graphopt.channel_choice import Allocation, allocate, allowed_counts
 from graphopt.channel_costs import MacsModel
-from graphopt.channel_losses import Curve, losses, magnitudes
+from graphopt.channel_losses import Curve, magnitudes
+from graphopt.channel_noise import losses
 from graphopt.channel_times import ChannelTimes, measure
 from graphopt.errors import GateMissedError
 from graphopt.judge import Comparison

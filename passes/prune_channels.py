@@ -24,7 +24,8 @@ from graphopt.analysis.constants import is_constant
 from graphopt.base import Change, Context, Exactness, Loss, Pass
 from graphopt.channel_choice import choose, choose_by_loss, elements_per_unit, keep_first
 from graphopt.channel_costs import MacsModel
-from graphopt.channel_losses import Curve, losses
+from graphopt.channel_losses import Curve
+from graphopt.channel_noise import losses
 from graphopt.edit import label, nested_graphs
 from graphopt.errors import DataError, ModelError, SpecError, did_you_mean
 from graphopt.importance import COMBINES, CRITERIA, scores

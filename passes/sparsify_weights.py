@@ -136,7 +136,7 @@ class SparsifyWeights(Pass):
         """Propose sparse weights layer after layer, each to be applied before the next is made."""
         reference = ctx.reference() if ctx.reference is not None else ctx.model.copy()
         fits: list[Fit] = []
-        for fit in targets(graph, reference.graph, [linear for _, linear in layers.values()]):
+        for fit in targets(graph, reference.graph, [linear for _, linear in layers.values()], None):
             if isinstance(fit, Fit):
                 fits.append(fit)
             else:

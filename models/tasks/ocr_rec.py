@@ -25,8 +25,8 @@ _CHUNK = 128  # lines drawn at a time, then batched by width
 
 
 def calibration(limit: int | None = None) -> Iterator[Feeds]:
-    """Yield batches of up to 8 lines, ``x``: N, 3, 48, W with W a multiple of 80."""
-    for _, feeds in _batches("calibration", item_limit(limit, CALIBRATION_LINES)):
+    """Yield batches of up to 8 lines, ``x``: N, 3, 48, W with W a multiple of 80; 128 lines unless asked for more."""
+    for _, feeds in _batches("calibration", item_limit(limit, max(limit or 0, CALIBRATION_LINES))):
         yield feeds
 
 

@@ -140,7 +140,7 @@ CASES: Mapping[str, Case] = {
         {"directions right": ocr_cls.rotation_right}, _timed("ppocr-cls"), (Aim(0.3, drop=0.01),),
     ),
     "rec": Case(
-        "PP-OCR recogniser", lambda: zoo.fetch("ppocr-rec"), ocr_rec.calibration, 128,
+        "PP-OCR recogniser", lambda: zoo.fetch("ppocr-rec"), ocr_rec.calibration, 512,
         {"Latin lines right": ocr_rec.lines_right_latin, "Chinese lines right": ocr_rec.lines_right_chinese},
         _timed("ppocr-rec"), (Aim(0.2, drop=0.02),), (0.1, 0.2, 0.3, 0.4),
     ),

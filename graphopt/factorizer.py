@@ -24,16 +24,14 @@ from graphopt.analysis.factorable import find, wanted
 from graphopt.data import Spec
 from graphopt.decisions import Decisions
 from graphopt.edit import order_constants
-from graphopt.errors import GateMissedError, ModelError, SpecError
+from graphopt.errors import GateMissedError, SpecError
 from graphopt.factor_choice import FactorChoice, Picks
 from graphopt.factor_request import FactorizeRequest
 from graphopt.factorization_report import FactorizationReport, FactorRow
 from graphopt.judge import Comparison, Progress
-from graphopt.kernels import is_integer
-from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Given, LossyTask, faster, in_words
+from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Given, LossyTask, check_floats, faster, in_words
 from graphopt.lossy_report import Tried
 from graphopt.model import Model, Source
-from graphopt.ops import DEQUANTIZE, is_standard
 from graphopt.optimizer import Shapes, thread_counts
 from graphopt.pipeline import Pipeline, size_of
 from graphopt.quality import Bound, Quality
@@ -136,7 +134,7 @@ class _Task(LossyTask):
 
     def run(self) -> Factorized:
         """Return what was asked for."""
-        _check_floats(self.original)
+        check_floats(self.original, "factorize")
         if self.judging is not None:
             self.progress("running the float model")
             self.check.prepare()  # what is wrong with samples or metric shows before minutes of work
@@ -350,20 +348,6 @@ class _Task(LossyTask):
         report.reason, report.pipeline, report.quality = reason, found.pipeline, self.quality(model)
         report.decisions, report.error = found.to_dict(), _error(report.quality)
         return Factorized(model, report)
-
-
-def _check_floats(model: Model) -> None:
-    """Refuse a quantized model.
-
-    Raises:
-        ModelError: it holds codes.
-    """
-    for node in model.nodes():
-        if is_standard(node, *DEQUANTIZE) or is_integer(node.op):
-            raise ModelError(
-                "the model is quantized already", at=f"node '{node.name or node.outputs[0].name}'",
-                hint="factorize the float model, then quantize the result",
-            )  # fmt: skip
 
 
 def _error(quality: Quality | None) -> float | None:

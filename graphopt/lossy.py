@@ -13,9 +13,11 @@ from graphopt.base import Target
 from graphopt.data import Spec, load_samples
 from graphopt.decisions import Decisions, Selection, checked, read_decisions
 from graphopt.edit import order_constants
-from graphopt.errors import DataError, GraphoptError, SpecError
+from graphopt.errors import DataError, GraphoptError, InternalError, ModelError, SpecError
 from graphopt.judge import Comparison, Condition, Progress, judging, shared
+from graphopt.kernels import is_integer
 from graphopt.model import Model, Source, load
+from graphopt.ops import DEQUANTIZE, QUANTIZE, is_standard
 from graphopt.optimizer import DEFAULT_OPSET, Shapes, default_pipeline, optimize
 from graphopt.pipeline import Pipeline, Result, Settings, StopPipelineError
 from graphopt.quality import Bound, Quality, QualityCheck, split
@@ -163,7 +165,10 @@ class LossyTask:
         try:
             return Pipeline(steps).run(model, samples=samples, settings=self.settings, own=own)
         except StopPipelineError as stop:
-            raise stop.__cause__ if isinstance(stop.__cause__, GraphoptError) else stop from None
+            cause = stop.__cause__
+            if isinstance(cause, GraphoptError):
+                raise cause from None
+            raise InternalError(str(stop.what)) from cause
 
     def canonical(self) -> Model:
         """Return what lossy passes start from."""
@@ -230,6 +235,20 @@ class LossyTask:
             model = pipeline.run(self.original, samples=self.calibrating, settings=settings).model
             order_constants(model.graph)
         return model, found, f"as decided before{f' in {path}' if path else ''}"
+
+
+def check_floats(model: Model, verb: str) -> None:
+    """Refuse a quantized model: weights in codes cannot be fitted.
+
+    Raises:
+        ModelError: it holds codes.
+    """
+    for node in model.nodes():
+        if is_standard(node, *QUANTIZE, *DEQUANTIZE) or is_integer(node.op):
+            raise ModelError(
+                "the model is quantized already", at=f"node '{node.name or node.outputs[0].name}'",
+                hint=f"{verb} the float model, then quantize the result",
+            )  # fmt: skip
 
 
 def faster(comparison: Comparison) -> bool:

@@ -27,6 +27,9 @@ from graphopt.wire import MAPPED
 
 Source: TypeAlias = "str | Path | onnx.ModelProto | Model"
 
+COUNTED = 1 << 28
+"""Bytes of weights up to which the size of a file is counted, and not estimated."""
+
 INLINE_LIMIT = (1 << 31) - (1 << 26)
 """Bytes of weights that still fit beside the graph into one protobuf message (2 GiB less 64 MiB)."""
 
@@ -227,7 +230,9 @@ class Model:
         return sum(map(stored_bytes, self.weights()))
 
     def emitted_bytes(self) -> int:
-        """Return about how many bytes the model takes on disk: its structure and its weights."""
+        """Return how many bytes the model takes on disk: above `COUNTED` of weights, about."""
+        if self.weight_bytes() <= COUNTED:
+            return int(self.emit(compact=True).ByteSize())
         return self.snapshot().nbytes
 
     def emit(self, place: Place = put_inline, *, compact: bool = False) -> onnx.ModelProto:

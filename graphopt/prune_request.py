@@ -57,13 +57,14 @@ class PruneRequest(LossyRequest):
             raise SpecError(
                 f"{_option(given[0])} and {_option(given[1])} say the same thing twice", hint="leave out one of them"
             )
-        if self.ratio is not None and not 0.0 <= self.ratio <= MOST:
+        if self.ratio is not None and not 0.0 < self.ratio <= MOST:
             raise SpecError(
-                f"a ratio is the part of the channels that goes, from 0 to {MOST:g}, not {self.ratio:g}", at="--ratio"
-            )
+                f"a ratio is the part of the channels that goes, above 0 and up to {MOST:g}, not {self.ratio:g}",
+                at="--ratio", hint="--ratio 0.3 removes 30 %",
+            )  # fmt: skip
         for name in given:
             value = self._of(name)
-            if name != "ratio" and value is not None and not 1.0 - MOST <= value[0] <= 1.0:
+            if name != "ratio" and value is not None and not 1.0 - MOST <= value[0] + 1e-9 <= 1.0 + 1e-9:
                 raise SpecError(
                     f"a target is the part that stays, from {1.0 - MOST:.2g} to 1, not {value[0]:g}", at=_option(name),
                     hint=f"{_option(name)} 0.7 keeps 70 %",

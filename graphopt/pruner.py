@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from graphopt.channel_costs import MacsModel
 from graphopt.data import Spec
 from graphopt.decisions import Decisions
 from graphopt.edit import order_constants
-from graphopt.errors import DataError, GateMissedError, SpecError
+from graphopt.errors import DataError, GateMissedError, SpecError, did_you_mean
 from graphopt.gradients import read_gradients
 from graphopt.judge import Comparison, Progress
-from graphopt.lossy import BUDGET, Given, LossyTask, faster, in_words
+from graphopt.lossy import BUDGET, Given, LossyTask, check_floats, faster, in_words
 from graphopt.lossy_report import Tried
 from graphopt.model import Model, Source
 from graphopt.names import matches
@@ -40,6 +40,9 @@ from graphopt.prune_request import MOST, PruneRequest, Recipe
 from graphopt.pruning_report import GroupRow, PruningReport
 from graphopt.quality import Bound, Quality
 from graphopt.runtime import evaluate
+
+LOUD = 10.0
+"""Signal to noise, dB, below which a report says how little is left."""
 
 CLOSE = 0.02
 """Bisection ends when what is known to keep the bound and what is known to miss it lie so near each other."""
@@ -121,6 +124,10 @@ def prune(
         GateMissedError: a target or bound cannot be reached; the message says what can.
     """
     started = time.perf_counter()
+    known = {field.name for field in fields(PruneRequest)}
+    for name in asked:
+        if name not in known:
+            raise SpecError(f"prune has no option '{name}'", hint=did_you_mean(name, known))
     request = PruneRequest(
         bound=bound or Bound(), provider=provider, contrib=contrib, budget=budget, seed=seed,
         threads=thread_counts(threads), **asked,
@@ -188,11 +195,18 @@ class _Task(LossyTask):
     def run(self) -> Pruned:
         """Return what was asked for."""
         self._check_asked()
+        check_floats(self.original, "prune")
         if self.judging is not None:
             self.progress("running the float model")
             self.check.prepare()  # what is wrong with samples or metric shows before minutes of work
         if not self.groups.prunable() and not self.request.drop_blocks:
             return self._nothing()
+        names = [group.name for group in self.groups.groups]
+        if not any(matches(name, self.request.only, self.request.skip) for name in names):
+            raise SpecError(
+                "no channel group has such a name", at="--only, --skip",
+                hint=did_you_mean((*self.request.only, "")[0], names) or "--explain lists them",
+            )  # fmt: skip
         if self.request.goal == "bound":
             return self._largest()
         if self.request.goal == "latency":
@@ -226,7 +240,7 @@ class _Task(LossyTask):
         self.progress("cutting")
         found = self.built(self.recipe.cut(self.request.removed, of))
         if not found.changed:
-            return self._nothing()
+            return self._nothing(notes=found.notes)
         self._judge(found, f"{self.request.removed:.0%} of {of}")
         self._gate(found)
         return self._finished(found, self._timing(found))
@@ -296,7 +310,13 @@ class _Task(LossyTask):
         finish = self.finish()
         lowered = self.run_passes(finish, made.model, self.given.feeds, own=True)
         changed = any(row.after < row.before for row in rows) or bool(blocks)
-        notes = [note for record in made.report.passes for note in record.notes]
+        if len(blocks) < self.request.drop_blocks:
+            raise GateMissedError(
+                f"{self.request.drop_blocks} blocks cannot be dropped", at="--drop-blocks",
+                hint=f"{len(blocks)} can; graphopt run -p drop-blocks says why others cannot",
+            )  # fmt: skip
+        first = {record.name: record for record in reversed(made.report.passes)}  # later steps find what it cut
+        notes = [note for record in first.values() for note in record.notes]
         return Cut(lowered.model, (*steps, *finish), rows, blocks, notes, changed)
 
     def finish(self) -> tuple[spec.Step, ...]:
@@ -354,14 +374,24 @@ class _Task(LossyTask):
         if timing is not None and not faster(timing):
             report.notes.append(f"not faster than the lossless model: {in_words(timing)}")
         if found.quality is None:
-            report.notes.append("what it costs in accuracy was not judged: there are no samples (--data)")
+            report.notes.append(
+                "nothing was fitted and nothing judged, for there are no samples (--data): expect no accuracy of it "
+                "before it is trained"
+            )
+        elif found.quality.score < LOUD:
+            report.notes.append(
+                f"the error lies only {found.quality.score:.1f} dB below the outputs: cut less, give more samples, or "
+                "train the result"
+            )
         return Pruned(found.model, report)
 
-    def _nothing(self, reason: str = "") -> Pruned:
+    def _nothing(self, reason: str = "", notes: Sequence[str] = ()) -> Pruned:
         """Return the lossless model, and why nothing was cut."""
         lossless = self.lossless()
         whys = dict.fromkeys(group.frozen for group in self.groups.groups if group.frozen)
         said = "; ".join(list(whys)[:3]) or "no weight has an axis that could be cut"
+        if self.groups.prunable():
+            said = "; ".join(notes) or "what may be cut is as narrow as was asked for"
         report = self._report(lossless.model, self._uncut())
         report.decision, report.reason = "lossless", reason or f"nothing can be cut: {said}"
         report.pipeline, report.decisions = lossless.report.pipeline, lossless.report.decisions
@@ -372,10 +402,6 @@ class _Task(LossyTask):
         """Return the groups, nothing cut."""
         report = self._report(self.base, self._uncut())
         report.decision = "explained"
-        report.frozen = [
-            {"where": axis.where, "axis": axis.axis, "size": axis.size, "why": axis.why}
-            for axis in self.groups.frozen_axes
-        ]
         return report
 
     def _report(self, model: Model, rows: Sequence[GroupRow]) -> PruningReport:
@@ -393,6 +419,10 @@ class _Task(LossyTask):
             groups=list(rows), macs_before=self._macs(self.base), macs_after=self._macs(model),
             parameters_before=_parameters(self.base), parameters_after=_parameters(model),
             covered=covered / parameters if parameters else 0.0,
+            frozen=[
+                {"where": axis.where, "axis": axis.axis, "size": axis.size, "why": axis.why}
+                for axis in self.groups.frozen_axes
+            ],
         )  # fmt: skip
 
     def _macs(self, model: Model) -> int | None:

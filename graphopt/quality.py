@@ -25,6 +25,7 @@ from graphopt.model import Model
 from graphopt.output_quality import LARGEST_SCORE, Kind, Limits, OutputQuality, output_kind
 from graphopt.runtime import Session
 from graphopt.samples import Feeds, Samples
+from graphopt.tensors import is_float
 
 Part: TypeAlias = Literal["calibration", "judging"]
 Metric: TypeAlias = "str | Callable[..., Any]"
@@ -221,9 +222,15 @@ class QualityCheck:
         """Run the reference on the first sample, and its metric.
 
         Raises:
-            DataError: the samples are empty or do not fit, or the metric fails.
+            DataError: the samples are empty or do not fit, give nothing that is finite, or the metric fails.
         """
-        self._run_reference(self.samples.first())
+        outputs = self._run_reference(self.samples.first())
+        floats = [values for values in outputs.values() if is_float(values.dtype)]
+        if floats and not any(np.isfinite(values).any() for values in floats):
+            raise DataError(
+                "the model gives no finite value on the first sample", at=self.samples.description,
+                hint="look for NaN and infinities in the samples",
+            )  # fmt: skip
         self._reference_scores()
 
     def of(self, candidate: Model, *, quick: bool = False) -> Quality:

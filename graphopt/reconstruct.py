@@ -28,6 +28,10 @@ Method = Literal["nothing", "bias", "least-squares"]
 RIDGES: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """On trial, as parts of the mean variance of the inputs."""
 
+CAUTION = 0.03
+"""The strongest ridge whose error is within so much of the least is taken: rows that are held out come from samples
+like those that were fitted, and what they do not show is better left as it is."""
+
 FIRST = 3
 """Of `RIDGES`, the one that is tried first; from there on downhill."""
 
@@ -157,7 +161,7 @@ def _residual(moments: Moments, weight: Array, bias: Array, *, centred: bool) ->
 
 
 def _best_ridge(train: _Residual, judge: _Residual, ridges: tuple[float, ...]) -> tuple[float, float]:
-    """Return the ridge of least error on the rows that judge, and that error: downhill from the middle of the grid."""
+    """Return the strongest ridge of about the least error on the rows that judge, and its error."""
     found: dict[int, float] = {}
 
     def error(i: int) -> float:
@@ -171,8 +175,11 @@ def _best_ridge(train: _Residual, judge: _Residual, ridges: tuple[float, ...]) -
         near = [i for i in (at - 1, at + 1) if 0 <= i < len(ridges)]
         best = min([at, *near], key=error)
         if best == at:
-            return ridges[at], error(at)
+            break
         at = best
+    while at + 1 < len(ridges) and error(at + 1) <= (1.0 + CAUTION) * found[best]:
+        at += 1
+    return ridges[at], error(at)
 
 
 def _change(residual: _Residual, ridge: float) -> Array:

@@ -10,14 +10,15 @@ import onnx
 import pytest
 from onnx import ModelProto
 
-from graphopt.errors import DataError, GateMissedError, GraphoptError, SpecError
+from graphopt.data import load_samples
+from graphopt.errors import DataError, GateMissedError, GraphoptError, ModelError, SpecError
 from graphopt.gradients import save_gradients
 from graphopt.model import load
 from graphopt.models.digits import demo_model
 from graphopt.models.digits.task import calibration
+from graphopt.optimizer import parse_pipeline
 from graphopt.pruner import Pruned, explain, prune
 from graphopt.quality import Bound
-from graphopt.quantizer import quantize
 from graphopt.runtime import Session
 
 Array = np.ndarray[Any, Any]
@@ -69,9 +70,9 @@ def test_the_good_model_of_these_tests_is_pruned() -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"ratio": -0.1}, "from 0 to 0.95"),
-        ({"ratio": 1.0}, "from 0 to 0.95"),
-        ({"ratio": float("nan")}, "from 0 to 0.95"),
+        ({"ratio": -0.1}, "above 0 and up to 0.95"),
+        ({"ratio": 1.0}, "above 0 and up to 0.95"),
+        ({"ratio": float("nan")}, "above 0 and up to 0.95"),
         ({"target_macs": 0.0}, "the part that stays"),
         ({"target_macs": 1.2}, "the part that stays"),
         ({"target_params": 70.0}, "the part that stays"),
@@ -138,6 +139,7 @@ def test_pruned_twice_does_nothing_more(tmp_path: Path) -> None:
     pruned(two_convs(), ratio=0.5).save(tmp_path / "once.onnx")
     again = pruned(tmp_path / "once.onnx", ratio=0.5, round_to=1)
     assert again.report.parameters_after == again.report.parameters_before
+    assert "pruned before" in again.report.reason
     further = pruned(tmp_path / "once.onnx", ratio=0.75, round_to=1)
     assert [(row.before, row.after) for row in further.report.groups if not row.why] == [(16, 8)]
 
@@ -152,11 +154,29 @@ def test_a_model_with_nothing_to_cut_says_why() -> None:
     assert "nothing can be cut" in result.report.reason
 
 
-def test_a_quantized_model_is_cut_where_it_is_understood() -> None:
-    int8 = quantize(two_convs(), weight_only="int8").model
-    result = pruned(int8, ratio=0.5)
-    whys = [row.why for row in result.report.groups if row.after == row.before]
-    assert result.report.decision == "pruned" or (whys and all(whys))
+def test_a_quantized_model_is_refused() -> None:
+    model = load(two_convs())
+    int8 = parse_pipeline("quantize-static").run(model, samples=load_samples(samples(), model)).model
+    with pytest.raises(ModelError, match="quantized already"):
+        prune(int8, ratio=0.5, measure=False)
+
+
+def test_samples_that_give_nothing_finite_are_refused() -> None:
+    data = [{"x": np.full((2, 4, 8, 8), np.nan, np.float32)}] * 20
+    with pytest.raises(DataError, match="no finite value"):
+        prune(two_convs(), data=data, ratio=0.5, measure=False)
+
+
+def test_names_that_are_none_and_options_that_are_none() -> None:
+    with pytest.raises(SpecError, match="no channel group has such a name"):
+        prune(two_convs(), ratio=0.5, only=("nothing*",), measure=False)
+    with pytest.raises(SpecError, match="has no option 'ratoi'"):
+        prune(two_convs(), ratoi=0.5)
+
+
+def test_more_blocks_than_there_are() -> None:
+    with pytest.raises(GateMissedError, match="blocks cannot be dropped"):
+        prune(demo_model(), data=list(calibration()), drop_blocks=99, measure=False)
 
 
 def test_gradients_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from graphopt import gate, quantizer
+from graphopt import gate, lossy
 from graphopt.compiled import inspect_layers
 from graphopt.errors import ProviderError
 from graphopt.model import Model, load
@@ -37,7 +37,7 @@ QUICK = {"silero-vad", "silero-vad-half", "ppocr-cls"}
 def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here is about times: the shortest look at them does."""
     monkeypatch.setattr(gate, "LOOKS", (0.3,))
-    monkeypatch.setattr(quantizer, "LOOKS", (0.3,))
+    monkeypatch.setattr(lossy, "LOOKS", (0.3,))
 
 
 @pytest.mark.zoo

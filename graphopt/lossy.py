@@ -155,7 +155,13 @@ class LossyTask:
         return default_pipeline(DEFAULT_OPSET, "canonical").steps
 
     def run_passes(
-        self, steps: Sequence[spec.Step], model: Model, samples: Samples | None, *, own: bool = False
+        self,
+        steps: Sequence[spec.Step],
+        model: Model,
+        samples: Samples | None,
+        settings: Settings | None = None,
+        *,
+        own: bool = False,
     ) -> Result:
         """Return what passes make of a model; what stops one of them is raised as it is.
 
@@ -163,7 +169,7 @@ class LossyTask:
             GraphoptError: as the pass says.
         """
         try:
-            return Pipeline(steps).run(model, samples=samples, settings=self.settings, own=own)
+            return Pipeline(steps).run(model, samples=samples, settings=settings or self.settings, own=own)
         except StopPipelineError as stop:
             cause = stop.__cause__
             if isinstance(cause, GraphoptError):

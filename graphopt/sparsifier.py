@@ -180,13 +180,14 @@ def sparsify(
 
 @dataclass(frozen=True)
 class _Made:
-    """What the pass made: the model, the pass, the amount, what it said, and of which layer."""
+    """What the pass made: the model, the pass, the amount, what it said, of which layer, and how good it is."""
 
     model: Model
     step: spec.PassStep
     amount: float
     notes: list[str]
     whys: Mapping[str, str]
+    quality: Quality | None
 
 
 class _Task(LossyTask):
@@ -293,13 +294,14 @@ class _Task(LossyTask):
             whys[change.where] = change.why
 
         settings = replace(self.settings, watch=watch)
-        result = Pipeline((step,)).run(base, samples=self.calibrating, settings=settings)
+        result = self.run_passes((step,), base, self.calibrating, settings)
         quality = self.quality(result.model)
         verdict = "not judged" if quality is None else "keeps the bound" if quality.ok else "; ".join(quality.failures)
         record = result.report.passes[0]
         self.tried.append(Tried(form, record.changes, None, quality, None, verdict))
         pattern = Pattern.parse(request.pattern)
-        return _Made(result.model, step, pattern.amount if pattern else amount, record.notes, whys), quality
+        zeros = pattern.amount if pattern else amount
+        return _Made(result.model, step, zeros, record.notes, whys, quality), quality
 
     def _around(self) -> tuple[tuple[spec.Step, ...], tuple[spec.Step, ...]]:
         """Return the passes before and after: gradients know the weights of the original only."""
@@ -321,7 +323,7 @@ class _Task(LossyTask):
         report = self._report(model, "sparse", self._rows(base, made))
         report.amount, report.pipeline = made.amount, str(pipeline)
         report.decisions = self.decisions(pipeline).to_dict()
-        report.quality = self.quality(model) if after else self.tried[-1].quality
+        report.quality = self.quality(model) if after else made.quality
         report.notes += [*made.notes, "ONNX Runtime computes with the zeros: it takes as long as without"]
         if self.judging is None:
             report.notes.append("what it costs in accuracy was not judged: there are no samples (--data)")

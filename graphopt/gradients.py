@@ -1,7 +1,7 @@
 """Gradients of a task's loss by the weights of a model, as a file: what `taylor` and `gradient` rank by.
 
 The file is an `.npz` with one float array per initializer, under its name and of its shape, and `__model__`: the
-`identity` of the model that they were taken of.  The training bridge writes it.
+`identity` of the model that they were taken of: what `save_gradients` writes.
 """
 
 from __future__ import annotations

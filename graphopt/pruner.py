@@ -22,6 +22,7 @@ from graphopt.analysis.channels import Channels, find_groups
 from graphopt.analysis.channels import Group as ChannelGroup
 from graphopt.analysis.cost import costs
 from graphopt.analysis.shapes import Shapes as TensorShapes
+from graphopt.base import Change
 from graphopt.channel_costs import MacsModel
 from graphopt.data import Spec
 from graphopt.decisions import Decisions
@@ -39,6 +40,7 @@ from graphopt.prune_latency import LatencySearch, Subject
 from graphopt.prune_request import MOST, PruneRequest, Recipe
 from graphopt.pruning_report import GroupRow, PruningReport
 from graphopt.quality import Bound, Quality
+from graphopt.report import PassRecord
 from graphopt.runtime import evaluate
 
 LOUD = 10.0
@@ -305,8 +307,14 @@ class _Task(LossyTask):
 
     def built(self, steps: Sequence[spec.Step]) -> Cut:
         """Return what passes and the lowering ones behind them make of the canonical model."""
-        made = self.run_passes(steps, self.base, self.calibrating)
-        rows, blocks = self._rows(made), _dropped(made)
+        blocks: list[str] = []
+
+        def watch(record: PassRecord, change: Change) -> None:
+            if record.name == "drop-blocks" and not change.blocked:
+                blocks.append(change.where)
+
+        made = self.run_passes(steps, self.base, self.calibrating, replace(self.settings, watch=watch))
+        rows = self._rows(made)
         finish = self.finish()
         lowered = self.run_passes(finish, made.model, self.given.feeds, own=True)
         changed = any(row.after < row.before for row in rows) or bool(blocks)
@@ -444,8 +452,3 @@ def _weights(group: Any) -> int:
 
 def _parameters(model: Model) -> int:
     return sum(int(np.prod(constant.shape)) for constant in model.constants() if constant.dtype == np.float32)
-
-
-def _dropped(made: Result) -> list[str]:
-    """Return the blocks that a run dropped."""
-    return [note for record in made.report.passes if record.name == "drop-blocks" for note in record.notes]

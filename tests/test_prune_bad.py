@@ -174,6 +174,13 @@ def test_names_that_are_none_and_options_that_are_none() -> None:
         prune(two_convs(), ratoi=0.5)
 
 
+def test_blocks_are_dropped_by_number_and_named() -> None:
+    result = pruned(demo_model(), list(calibration()), drop_blocks=1)
+    assert result.report.decision == "pruned"
+    assert len(result.report.blocks) == 1
+    assert (result.report.macs_after or 0) < (result.report.macs_before or 0)
+
+
 def test_more_blocks_than_there_are() -> None:
     with pytest.raises(GateMissedError, match="blocks cannot be dropped"):
         prune(demo_model(), data=list(calibration()), drop_blocks=99, measure=False)

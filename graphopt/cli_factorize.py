@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from graphopt.arguments import load_plugins, shapes, thread_counts
-from graphopt.console import emit, working
-from graphopt.errors import SpecError
+from graphopt.cli_lossy import bound_of, finish
+from graphopt.console import working
 from graphopt.options import (
     AsJson,
     Batch,
     Contrib,
     CustomOps,
     DecisionsFile,
+    Globs,
+    Halves,
     MaxDrop,
     MaxLoss,
     Metric,
@@ -34,21 +35,11 @@ from graphopt.options import (
     WriteDecisions,
 )
 
-Samples = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SAMPLES",
-        help="representative samples: .npz, folder of .npz, test_data_set folder, or file.py:function; half of them "
-        "choose, the others judge",
-    ),
-]
-Names = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="layers by name; may be repeated")]
-
 
 def factorize(
     model: ModelPath,
     output: Output = None,
-    data: Samples = None,
+    data: Halves = None,
     max_error: Annotated[
         float | None,
         typer.Option(metavar="X", help="largest relative error of every output; without samples, of each weight"),
@@ -69,8 +60,8 @@ def factorize(
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="factorise embedding tables, too: smaller, not faster")
     ] = False,
-    only: Names = None,
-    skip: Names = None,
+    only: Globs = None,
+    skip: Globs = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="time layers, factors and the result; without, count MACs")
     ] = True,
@@ -93,11 +84,9 @@ def factorize(
     Without a bound, what is asked of an output follows from what it looks like: classes, a mask, rows of numbers.
     """
     from graphopt import destinations  # noqa: PLC0415  (heavy imports only when needed)
-    from graphopt.decisions import save_decisions  # noqa: PLC0415
     from graphopt.factorization_report import render  # noqa: PLC0415
     from graphopt.factorizer import factorize as run_factorize  # noqa: PLC0415
     from graphopt.model import load  # noqa: PLC0415
-    from graphopt.quality import Bound  # noqa: PLC0415
 
     files: dict[str, Path | str | None] = {
         "MODEL": model, "--data": data, "--decisions": decisions, "--output": output,
@@ -105,21 +94,13 @@ def factorize(
     }  # fmt: skip
     destinations.check(files, output, write_decisions)
     load_plugins(plugin)
-    if max_drop is not None and evaluate is None:
-        raise SpecError("--max-drop needs a metric", hint="--eval FILE.py:FUNCTION")
     with working(f"factorizing {model.name}", as_json) as progress:
         result = run_factorize(
             load(model, custom_ops=custom_ops or ()), data=data, max_error=max_error,
-            bound=Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss), rank=rank, energy=energy,
+            bound=bound_of(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss), rank=rank, energy=energy,
             target_latency=target_latency, embeddings=embeddings, only=tuple(only or ()), skip=tuple(skip or ()),
             measure=measure, provider=provider, threads=thread_counts(threads) or 1, contrib=contrib,
             shapes=shapes(shape), batch=batch, budget=budget, seed=seed, decisions=decisions, progress=progress,
         )  # fmt: skip
-    if output is not None:
-        result.save(output)
-    if write_decisions is not None:
-        save_decisions(write_decisions, result.report.decisions or {})
-    document = {**result.report.to_dict(), "output": str(output) if output else None}
-    written = [f"wrote {output}" if output else "nothing written: give -o OUT"]
-    written += [f"wrote {write_decisions}"] if write_decisions else []
-    emit(document, as_json, render(result.report, everything=everything), *map(Text, written))
+    shown = render(result.report, everything=everything)
+    finish(result, shown, output=output, write_decisions=write_decisions, as_json=as_json)

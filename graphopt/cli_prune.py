@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.text import Text
 
 from graphopt.arguments import load_plugins, shapes, thread_counts
+from graphopt.cli_lossy import bound_of, finish
 from graphopt.console import emit, working
 from graphopt.errors import SpecError
 from graphopt.options import (
@@ -17,6 +17,8 @@ from graphopt.options import (
     Contrib,
     CustomOps,
     DecisionsFile,
+    Globs,
+    Halves,
     MaxDrop,
     MaxLoss,
     Metric,
@@ -34,21 +36,12 @@ from graphopt.options import (
     WriteDecisions,
 )
 
-Samples = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SAMPLES",
-        help="representative samples: .npz, folder of .npz, test_data_set folder, or file.py:function; half of them "
-        "choose and fit, the others judge",
-    ),
-]
-Names = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="groups (see --explain); may be repeated")]
-
 
 def prune(
+    context: typer.Context,
     model: ModelPath,
     output: Output = None,
-    data: Samples = None,
+    data: Halves = None,
     ratio: Annotated[
         float | None, typer.Option(metavar="X", help="part of each group's channels that goes; needs no samples")
     ] = None,
@@ -94,8 +87,8 @@ def prune(
         int, typer.Option(min=0, help="what is left of a group is a multiple of this; 0: what suits the target")
     ] = 0,
     least: Annotated[int, typer.Option(min=1, help="units that stay of each group at least")] = 1,
-    only: Names = None,
-    skip: Names = None,
+    only: Globs = None,
+    skip: Globs = None,
     normalization: Annotated[
         bool, typer.Option("--normalization", help="cut axes that LayerNorm is over, too: its statistics change")
     ] = False,
@@ -128,10 +121,8 @@ def prune(
     limit on the outputs; by default what suits them).
     """
     from graphopt import destinations, pruner  # noqa: PLC0415  (heavy imports only when needed)
-    from graphopt.decisions import save_decisions  # noqa: PLC0415
     from graphopt.model import load  # noqa: PLC0415
     from graphopt.pruning_report import render  # noqa: PLC0415
-    from graphopt.quality import Bound  # noqa: PLC0415
 
     files: dict[str, Path | str | None] = {
         "MODEL": model, "--data": data, "--gradients": gradients, "--decisions": decisions, "--output": output,
@@ -144,16 +135,11 @@ def prune(
         "ratio": ratio, "target_macs": target_macs, "target_params": target_params, "target_latency": target_latency,
     }  # fmt: skip
     if explain:
-        asked = [f"--{name.replace('_', '-')}" for name, value in amounts.items() if value is not None]
-        asked += ["--output"] * (output is not None)
-        if asked:
-            raise SpecError("--explain cuts nothing", at=asked[0], hint=f"leave out {asked[0]} or --explain")
+        _check_explain(context)
         with working(f"looking at {model.name}", as_json):
             report = pruner.explain(source, normalization=normalization, seed=seed)
         emit(report.to_dict(), as_json, render(report, everything=everything))
         return
-    if max_drop is not None and evaluate is None:
-        raise SpecError("--max-drop needs a metric", hint="--eval FILE.py:FUNCTION")
     asked_for: dict[str, Any] = {
         **amounts, "drop_blocks": drop_blocks, "criterion": criterion, "scope": scope, "aggregate": aggregate,
         "reconstruct": reconstruct, "steps": steps, "schedule": schedule, "round_to": round_to, "least": least,
@@ -162,15 +148,26 @@ def prune(
     }  # fmt: skip
     with working(f"pruning {model.name}", as_json) as progress:
         result = pruner.prune(
-            source, data=data, bound=Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss),
+            source, data=data, bound=bound_of(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss),
             shapes=shapes(shape), batch=batch, threads=thread_counts(threads) or 1, provider=provider,
             contrib=contrib, budget=budget, seed=seed, decisions=decisions, progress=progress, **asked_for,
         )  # fmt: skip
-    if output is not None:
-        result.save(output)
-    if write_decisions is not None:
-        save_decisions(write_decisions, result.report.decisions or {})
-    document = {**result.report.to_dict(), "output": str(output) if output else None}
-    written = [f"wrote {output}" if output else "nothing written: give -o OUT"]
-    written += [f"wrote {write_decisions}"] if write_decisions else []
-    emit(document, as_json, render(result.report, everything=everything), *map(Text, written))
+    shown = render(result.report, everything=everything)
+    finish(result, shown, output=output, write_decisions=write_decisions, as_json=as_json)
+
+
+EXPLAINS = {"model", "explain", "normalization", "seed", "custom_ops", "everything", "plugin", "as_json"}
+"""Parameters that `--explain` heeds."""
+
+
+def _check_explain(context: typer.Context) -> None:
+    """Refuse options that say how to cut, where nothing is cut.
+
+    Raises:
+        SpecError: there is one.
+    """
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in EXPLAINS:
+            option = next(o for p in context.command.params if p.name == name for o in p.opts)
+            raise SpecError("--explain cuts nothing", at=option, hint=f"leave out {option} or --explain")

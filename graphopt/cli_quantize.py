@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.text import Text
 
 from graphopt.arguments import load_plugins, shapes, thread_counts
-from graphopt.console import emit, working
-from graphopt.errors import SpecError
+from graphopt.cli_lossy import bound_of, finish
+from graphopt.console import working
 from graphopt.options import (
     AsJson,
     Batch,
@@ -96,9 +95,7 @@ def quantize(
     numbers.
     """
     from graphopt import destinations  # noqa: PLC0415  (heavy imports only when needed)
-    from graphopt.decisions import save_decisions  # noqa: PLC0415
     from graphopt.model import load  # noqa: PLC0415
-    from graphopt.quality import Bound  # noqa: PLC0415
     from graphopt.quantization_report import render  # noqa: PLC0415
     from graphopt.quantizer import quantize as run_quantize  # noqa: PLC0415
 
@@ -108,9 +105,7 @@ def quantize(
     }  # fmt: skip
     destinations.check(files, output, write_decisions)
     load_plugins(plugin)
-    if max_drop is not None and evaluate is None:
-        raise SpecError("--max-drop needs a metric", hint="--eval FILE.py:FUNCTION")
-    bound = Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss)
+    bound = bound_of(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss)
     with working(f"quantizing {model.name}", as_json) as progress:
         result = run_quantize(
             load(model, custom_ops=custom_ops or ()), data=data, bound=bound, precision=precision,
@@ -118,11 +113,5 @@ def quantize(
             threads=thread_counts(threads) or 1, contrib=contrib, shapes=shapes(shape), batch=batch, budget=budget,
             seed=seed, decisions=decisions, progress=progress,
         )  # fmt: skip
-    if output is not None:
-        result.save(output)
-    if write_decisions is not None:
-        save_decisions(write_decisions, result.report.decisions or {})
-    document = {**result.report.to_dict(), "output": str(output) if output else None}
-    written = [f"wrote {output}" if output else "nothing written: give -o OUT"]
-    written += [f"wrote {write_decisions}"] if write_decisions else []
-    emit(document, as_json, render(result.report, everything=everything), *map(Text, written))
+    shown = render(result.report, everything=everything)
+    finish(result, shown, output=output, write_decisions=write_decisions, as_json=as_json)

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.text import Text
 
 from graphopt.arguments import load_plugins, shapes, thread_counts
-from graphopt.console import emit, working
-from graphopt.errors import SpecError
+from graphopt.cli_lossy import bound_of, finish
+from graphopt.console import working
 from graphopt.options import (
     AsJson,
     Batch,
     Contrib,
     CustomOps,
     DecisionsFile,
+    Globs,
+    Halves,
     MaxDrop,
     MaxLoss,
     Metric,
@@ -34,21 +35,11 @@ from graphopt.options import (
     WriteDecisions,
 )
 
-Samples = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SAMPLES",
-        help="representative samples: .npz, folder of .npz, test_data_set folder, or file.py:function; half of them "
-        "choose and fit, the others judge",
-    ),
-]
-Names = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="layers; may be repeated")]
-
 
 def sparsify(
     model: ModelPath,
     output: Output = None,
-    data: Samples = None,
+    data: Halves = None,
     amount: Annotated[
         float | None,
         typer.Option(
@@ -77,8 +68,8 @@ def sparsify(
     min_cosine: MinCosine = None,
     min_agreement: MinAgreement = None,
     max_loss: MaxLoss = None,
-    only: Names = None,
-    skip: Names = None,
+    only: Globs = None,
+    skip: Globs = None,
     gradients: Annotated[
         Path | None, typer.Option(metavar="FILE", help="gradients of the task's loss, for the criterion gradient")
     ] = None,
@@ -112,9 +103,7 @@ def sparsify(
     a limit on the outputs; by default what suits them).
     """
     from graphopt import destinations, sparsifier  # noqa: PLC0415  (heavy imports only when needed)
-    from graphopt.decisions import save_decisions  # noqa: PLC0415
     from graphopt.model import load  # noqa: PLC0415
-    from graphopt.quality import Bound  # noqa: PLC0415
     from graphopt.sparsity_report import render  # noqa: PLC0415
 
     files: dict[str, Path | str | None] = {
@@ -123,22 +112,14 @@ def sparsify(
     }  # fmt: skip
     destinations.check(files, output, write_decisions)
     load_plugins(plugin)
-    if max_drop is not None and evaluate is None:
-        raise SpecError("--max-drop needs a metric", hint="--eval FILE.py:FUNCTION")
     with working(f"sparsifying {model.name}", as_json) as progress:
         result = sparsifier.sparsify(
             load(model, custom_ops=custom_ops or ()), data=data,
-            bound=Bound(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss), amount=amount,
+            bound=bound_of(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss), amount=amount,
             criterion=criterion, scope=scope, pattern=pattern, only=only or (), skip=skip or (), gradients=gradients,
             storage=storage, optimize=optimize, measure=measure, provider=provider,
             threads=thread_counts(threads) or 1, contrib=contrib, shapes=shapes(shape), batch=batch, budget=budget,
             seed=seed, decisions=decisions, progress=progress,
         )  # fmt: skip
-    if output is not None:
-        result.save(output)
-    if write_decisions is not None:
-        save_decisions(write_decisions, result.report.decisions or {})
-    document = {**result.report.to_dict(), "output": str(output) if output else None}
-    written = [f"wrote {output}" if output else "nothing written: give -o OUT"]
-    written += [f"wrote {write_decisions}"] if write_decisions else []
-    emit(document, as_json, render(result.report, everything=everything), *map(Text, written))
+    shown = render(result.report, everything=everything)
+    finish(result, shown, output=output, write_decisions=write_decisions, as_json=as_json)

@@ -13,13 +13,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from graphopt import environment, spec
-from graphopt.analysis.cost import costs
+from graphopt import spec
 from graphopt.analysis.factorable import find, wanted
 from graphopt.data import Spec
 from graphopt.decisions import Decisions
@@ -29,31 +26,19 @@ from graphopt.factor_choice import FactorChoice, Picks
 from graphopt.factor_request import FactorizeRequest
 from graphopt.factorization_report import FactorizationReport, FactorRow
 from graphopt.judge import Comparison, Progress
-from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Given, LossyTask, check_floats, faster, in_words
+from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Finished, Given, LossyTask, check_floats, faster, in_words
 from graphopt.lossy_report import Tried
 from graphopt.model import Model, Source
 from graphopt.optimizer import Shapes, thread_counts
-from graphopt.pipeline import Pipeline, size_of
+from graphopt.pipeline import Pipeline
 from graphopt.quality import Bound, Quality
 
 NEARER = 4
 """Times that a latency is aimed at anew, by what was measured."""
 
 
-@dataclass
-class Factorized:
+class Factorized(Finished[FactorizationReport]):
     """A finished run: the model, and what was done to it."""
-
-    model: Model
-    report: FactorizationReport
-
-    def save(self, path: str | Path) -> None:
-        """Write the model atomically.
-
-        Raises:
-            ModelError: it cannot be written; what was there is unchanged.
-        """
-        self.model.save(path)
 
 
 def factorize(
@@ -116,9 +101,7 @@ def factorize(
     given = Given.load(model, data, batch=batch, seed=seed, shapes=shapes)
     task = _Task(given, request, progress)
     result = task.replayed(decisions) if decisions is not None else task.run()
-    result.report.environment = environment.describe()
-    result.report.seconds = time.perf_counter() - started
-    return result
+    return result.since(started)
 
 
 class _Task(LossyTask):
@@ -139,7 +122,7 @@ class _Task(LossyTask):
             self.progress("running the float model")
             self.check.prepare()  # what is wrong with samples or metric shows before minutes of work
         base = self.canonical()
-        self.base_macs = self._macs(base)
+        self.base_macs = self.macs(base)
         request = self.request
         known = {id(node): base.metadata(node) for node in base.graph.nodes}
         found = find(base.graph, known, tables=request.embeddings)
@@ -323,22 +306,12 @@ class _Task(LossyTask):
             rows.append(FactorRow(label, choice.layer.node.op, one.name, why, micros, taken, one.error))
         return rows
 
-    def _macs(self, model: Model) -> int | None:
-        feed = self.given.feeds.first()
-        return costs(model, inputs={name: np.shape(value) for name, value in feed.items()}).macs
-
     def _report(self, model: Model, rows: Sequence[FactorRow]) -> FactorizationReport:
-        described = {
-            "calibration": "" if self.calibrating is None else self.calibrating.description,
-            "judging": "" if self.judging is None else self.judging.description,
-        }
         request = self.request
-        return FactorizationReport(
-            str(self.original.path or "<memory>"), request.seed,
-            {**request.judged.to_dict(), "max_error": request.max_error},
-            size_of(self.original), size_of(model), samples=described, tried=self.tried,
-            bytes_before=self.original.emitted_bytes(), bytes_after=model.emitted_bytes(), goal=request.goal,
-            layers=list(rows), macs_before=self.base_macs, macs_after=self._macs(model),
+        return self.report_of(
+            FactorizationReport, model, bound={**request.judged.to_dict(), "max_error": request.max_error},
+            tried=self.tried, goal=request.goal, layers=list(rows), macs_before=self.base_macs,
+            macs_after=self.macs(model),
         )  # fmt: skip
 
     def replayed(self, decisions: Decisions | str | Path) -> Factorized:

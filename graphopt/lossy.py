@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Generic, Self, TypeAlias, TypeVar
 
-from graphopt import registry, spec
+import numpy as np
+
+from graphopt import environment, registry, spec
+from graphopt.analysis.cost import costs
 from graphopt.base import Target
 from graphopt.data import Spec, load_samples
 from graphopt.decisions import Decisions, Selection, checked, read_decisions
@@ -16,10 +19,11 @@ from graphopt.edit import order_constants
 from graphopt.errors import DataError, GraphoptError, InternalError, ModelError, SpecError
 from graphopt.judge import Comparison, Condition, Progress, judging, shared
 from graphopt.kernels import is_integer
+from graphopt.lossy_report import LossyReport
 from graphopt.model import Model, Source, load
 from graphopt.ops import DEQUANTIZE, QUANTIZE, is_standard
 from graphopt.optimizer import DEFAULT_OPSET, Shapes, default_pipeline, optimize
-from graphopt.pipeline import Pipeline, Result, Settings, StopPipelineError
+from graphopt.pipeline import Pipeline, Result, Settings, StopPipelineError, size_of
 from graphopt.quality import Bound, Quality, QualityCheck, split
 from graphopt.runtime import PROVIDERS
 from graphopt.samples import Samples
@@ -34,6 +38,7 @@ LOOKS = (2.0, 5.0, 10.0)
 LOSSLESS_SHARE = 0.35
 """Part of the budget for the lossless model; a third of the rest goes to the last gate."""
 
+R = TypeVar("R", bound=LossyReport)
 GivenDecisions: TypeAlias = "Decisions | str | Path"
 
 
@@ -64,6 +69,28 @@ class LossyRequest:
             raise SpecError(
                 f"unknown provider '{self.provider}'", at="--provider", hint=f"known: {', '.join(PROVIDERS)}"
             )
+
+
+@dataclass
+class Finished(Generic[R]):
+    """A finished run: the model, and what was done to it."""
+
+    model: Model
+    report: R
+
+    def save(self, path: str | Path) -> None:
+        """Write the model atomically, sparse weights in sparse form where that is smaller.
+
+        Raises:
+            ModelError: it cannot be written; what was there is unchanged.
+        """
+        self.model.save(path)
+
+    def since(self, started: float) -> Self:
+        """Enter into the report where it ran, and the seconds since `started` (of `time.perf_counter`)."""
+        self.report.environment = environment.describe()
+        self.report.seconds = time.perf_counter() - started
+        return self
 
 
 @dataclass(frozen=True)
@@ -220,6 +247,28 @@ class LossyTask:
                 found.append(judge.compare(base, other, name, LOOKS, enough or _decided, confidence))
                 other.forget()
         return found
+
+    def macs(self, model: Model) -> int | None:
+        """Return the multiplications that a model takes for the first feed; None where not all are known."""
+        feed = self.given.feeds.first()
+        return costs(model, inputs={name: np.shape(value) for name, value in feed.items()}).macs
+
+    def report_of(self, kind: type[R], model: Model, **fields: Any) -> R:
+        """Return a report with what all have: names, sizes, samples; `fields` are the rest, or say it otherwise."""
+        common = {
+            "model": str(self.original.path or "<memory>"),
+            "seed": self.common.seed,
+            "bound": self.common.bound.to_dict(),
+            "before": size_of(self.original),
+            "after": size_of(model),
+            "bytes_before": self.original.emitted_bytes(),
+            "bytes_after": model.emitted_bytes(),
+            "samples": {
+                "calibration": "" if self.calibrating is None else self.calibrating.description,
+                "judging": "" if self.judging is None else self.judging.description,
+            },
+        }
+        return kind(**{**common, **fields})
 
     def decisions(self, pipeline: Pipeline) -> Decisions:
         """Return what a replay needs to make the result of a pipeline again."""

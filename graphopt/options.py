@@ -120,3 +120,14 @@ TimedThreads = Annotated[
     list[str] | None,
     typer.Option(metavar="N[,N…]", help="intra-op threads to time with, all of them [default: 1]", show_default=False),
 ]
+Halves = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SAMPLES",
+        help="representative samples: .npz, folder of .npz, test_data_set folder, or file.py:function; half of them "
+        "choose and fit, the others judge",
+    ),
+]
+Globs = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="names as in the table of the report; may be repeated")
+]

@@ -81,6 +81,15 @@ class PruneRequest(LossyRequest):
         for name, least in (("steps", 1), ("least", 1), ("round_to", 0), ("drop_blocks", 0)):
             if getattr(self, name) < least:
                 raise SpecError(f"{_option(name)} is {least} or more, not {getattr(self, name)}", at=_option(name))
+        if self.target_latency is not None and (self.steps > 1 or self.drop_blocks):
+            raise SpecError(
+                "a latency is aimed at in one cut, of channels alone", at="--target-latency",
+                hint="leave out --steps and --drop-blocks; or cut what they cut first, then aim at the latency",
+            )  # fmt: skip
+        if self.gradients is not None and self.criterion not in BY_GRADIENTS:
+            raise SpecError(
+                "gradients rank channels by taylor or gradient", at="--gradients", hint="--criterion taylor"
+            )
         if self.target_latency is not None and not self.measure:
             raise SpecError("a latency is reached by measuring", at="--target-latency", hint="leave out --no-measure")
 
@@ -105,6 +114,12 @@ class PruneRequest(LossyRequest):
         assert kept is not None
         return 1.0 - kept
 
+
+BY_GRADIENTS = ("taylor", "gradient")
+"""Criteria that look at gradients, and only they do."""
+
+WITHOUT_AGGREGATE = ("random", "obs")
+"""Criteria that score units as a whole."""
 
 GOALS: Mapping[str, Goal] = {
     "ratio": "ratio", "target_macs": "macs", "target_params": "params", "target_latency": "latency",

@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from graphopt import environment, spec
+from graphopt import spec
 from graphopt.analysis.channels import Channels, find_groups
 from graphopt.analysis.channels import Group as ChannelGroup
-from graphopt.analysis.cost import costs
 from graphopt.analysis.shapes import Shapes as TensorShapes
 from graphopt.base import Change
 from graphopt.channel_costs import MacsModel
@@ -30,18 +29,19 @@ from graphopt.edit import order_constants
 from graphopt.errors import DataError, GateMissedError, SpecError, did_you_mean
 from graphopt.gradients import read_gradients
 from graphopt.judge import Comparison, Progress
-from graphopt.lossy import BUDGET, Given, LossyTask, check_floats, faster, in_words
+from graphopt.lossy import BUDGET, Finished, Given, LossyTask, check_floats, faster, in_words
 from graphopt.lossy_report import Tried
 from graphopt.model import Model, Source
 from graphopt.names import matches
 from graphopt.optimizer import Shapes, thread_counts
-from graphopt.pipeline import Pipeline, Result, context_of, size_of
+from graphopt.pipeline import Pipeline, Result, context_of
 from graphopt.prune_latency import LatencySearch, Subject
-from graphopt.prune_request import MOST, PruneRequest, Recipe
+from graphopt.prune_request import BY_GRADIENTS, MOST, WITHOUT_AGGREGATE, PruneRequest, Recipe
 from graphopt.pruning_report import GroupRow, PruningReport
 from graphopt.quality import Bound, Quality
 from graphopt.report import PassRecord
 from graphopt.runtime import evaluate
+from graphopt.tensors import is_float
 
 LOUD = 10.0
 """Signal to noise, dB, below which a report says how little is left."""
@@ -50,20 +50,8 @@ CLOSE = 0.02
 """Bisection ends when what is known to keep the bound and what is known to miss it lie so near each other."""
 
 
-@dataclass
-class Pruned:
+class Pruned(Finished[PruningReport]):
     """A finished run: the model, and what was done to it."""
-
-    model: Model
-    report: PruningReport
-
-    def save(self, path: str | Path) -> None:
-        """Write the model atomically.
-
-        Raises:
-            ModelError: it cannot be written; what was there is unchanged.
-        """
-        self.model.save(path)
 
 
 @dataclass
@@ -136,12 +124,12 @@ def prune(
     )  # fmt: skip
     if request.goal != "bound" and not request.bound.named:
         request = replace(request, bound=Bound(defaults=False))  # so much is cut as was asked for, whatever it costs
+    if decisions is not None and (request.goal != "bound" or request.criterion is not None):
+        raise SpecError("decisions say how much is cut", at="--decisions", hint="leave out the amount, or --decisions")
     given = Given.load(model, data, batch=batch, seed=seed, shapes=shapes)
     task = _Task(given, request, progress)
     result = task.replayed(decisions) if decisions is not None else task.run()
-    result.report.environment = environment.describe()
-    result.report.seconds = time.perf_counter() - started
-    return result
+    return result.since(started)
 
 
 def explain(model: Source, *, normalization: bool = False, seed: int = 0) -> PruningReport:
@@ -227,7 +215,12 @@ class _Task(LossyTask):
                 "what remains is fitted on samples, and there are none", at="--data",
                 hint="give --data, or --reconstruct none",
             )  # fmt: skip
-        if request.gradients is None and request.criterion in ("taylor", "gradient"):
+        if request.aggregate is not None and self.recipe.criterion in WITHOUT_AGGREGATE:
+            raise SpecError(
+                f"{self.recipe.criterion} scores channels as a whole, not layer by layer", at="--aggregate",
+                hint="leave it out, or --criterion l2",
+            )  # fmt: skip
+        if request.gradients is None and request.criterion in BY_GRADIENTS:
             raise SpecError(
                 f"the criterion {request.criterion} needs gradients", at="--criterion", hint="--gradients FILE"
             )
@@ -413,18 +406,12 @@ class _Task(LossyTask):
         return report
 
     def _report(self, model: Model, rows: Sequence[GroupRow]) -> PruningReport:
-        described = {
-            "calibration": "" if self.calibrating is None else self.calibrating.description,
-            "judging": "" if self.judging is None else self.judging.description,
-        }
         request, (covered, parameters) = self.request, self.groups.coverage()
-        return PruningReport(
-            str(self.original.path or "<memory>"), request.seed, request.bound.to_dict(),
-            size_of(self.original), size_of(model), samples=described, tried=self.tried,
-            bytes_before=self.original.emitted_bytes(), bytes_after=model.emitted_bytes(),
-            goal=request.goal, removed=None if request.goal == "bound" else request.removed,
+        return self.report_of(
+            PruningReport, model, tried=self.tried, goal=request.goal,
+            removed=None if request.goal == "bound" else request.removed,
             criterion=self.recipe.criterion, scope=self.recipe.scope, reconstruct=self.recipe.method,
-            groups=list(rows), macs_before=self._macs(self.base), macs_after=self._macs(model),
+            groups=list(rows), macs_before=self.macs(self.base), macs_after=self.macs(model),
             parameters_before=_parameters(self.base), parameters_after=_parameters(model),
             covered=covered / parameters if parameters else 0.0,
             frozen=[
@@ -432,10 +419,6 @@ class _Task(LossyTask):
                 for axis in self.groups.frozen_axes
             ],
         )  # fmt: skip
-
-    def _macs(self, model: Model) -> int | None:
-        feed = self.given.feeds.first()
-        return costs(model, inputs={name: np.shape(value) for name, value in feed.items()}).macs
 
     def replayed(self, decisions: Decisions | str | Path) -> Pruned:
         """Return what was decided before."""
@@ -451,4 +434,4 @@ def _weights(group: Any) -> int:
 
 
 def _parameters(model: Model) -> int:
-    return sum(int(np.prod(constant.shape)) for constant in model.constants() if constant.dtype == np.float32)
+    return sum(int(np.prod(constant.shape)) for constant in model.constants() if is_float(constant.dtype))

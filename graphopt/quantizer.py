@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from graphopt import environment, spec
+from graphopt import spec
 from graphopt.analysis.cost import costs
 from graphopt.data import Spec
 from graphopt.decisions import Decisions
@@ -27,12 +27,12 @@ from graphopt.edit import order_constants
 from graphopt.errors import DataError, GateMissedError, SpecError
 from graphopt.judge import Comparison, Progress
 from graphopt.layer_choice import LayerChoice, Recipe, unable, unable_reason
-from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Given, LossyRequest, LossyTask, faster, in_words
+from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Finished, Given, LossyRequest, LossyTask, faster, in_words
 from graphopt.lossy_report import Tried
 from graphopt.model import Model, Source
 from graphopt.named_forms import BLOCKS, HALF, WEIGHT_ONLY, NamedForm
 from graphopt.optimizer import Shapes, default_pipeline, thread_counts
-from graphopt.pipeline import Pipeline, Result, size_of
+from graphopt.pipeline import Pipeline, Result
 from graphopt.quality import Bound, Quality
 from graphopt.quantization_report import LayerRow, QuantizationReport
 from graphopt.runtime import available_providers
@@ -170,25 +170,11 @@ def quantize(
         raise SpecError("decisions say which form it is", at="--decisions", hint="leave out the form, or --decisions")
     task = _Task(given, request, progress)
     result = task.replayed(decisions) if decisions is not None else task.run()
-    result.report.environment = environment.describe()
-    result.report.seconds = time.perf_counter() - started
-    return result
+    return result.since(started)
 
 
-@dataclass
-class Quantized:
+class Quantized(Finished[QuantizationReport]):
     """A finished run: the model, and what was done to it."""
-
-    model: Model
-    report: QuantizationReport
-
-    def save(self, path: str | Path) -> None:
-        """Write the model atomically.
-
-        Raises:
-            ModelError: it cannot be written; what was there is unchanged.
-        """
-        self.model.save(path)
 
 
 class _Task(LossyTask):
@@ -298,15 +284,8 @@ class _Task(LossyTask):
         return Quantized(best.model, report)
 
     def _report(self, model: Model, rows: Sequence[LayerRow], **fields: Any) -> QuantizationReport:
-        described = {
-            "calibration": "" if self.calibrating is None else self.calibrating.description,
-            "judging": "" if self.judging is None else self.judging.description,
-        }
-        return QuantizationReport(
-            str(self.original.path or "<memory>"), self.request.seed, self.request.bound.to_dict(),
-            size_of(self.original), size_of(model), layers=list(rows), tried=self.tried, notes=list(self.notes),
-            samples=described,
-            bytes_before=self.original.emitted_bytes(), bytes_after=model.emitted_bytes(), **fields,
+        return self.report_of(
+            QuantizationReport, model, layers=list(rows), tried=self.tried, notes=list(self.notes), **fields,
         )  # fmt: skip
 
     def _named(self, form: NamedForm) -> Quantized:

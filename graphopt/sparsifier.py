@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from graphopt import environment, registry, spec
+from graphopt import registry, spec
 from graphopt.base import Change
 from graphopt.data import Spec
 from graphopt.edit import label, order_constants
 from graphopt.errors import DataError, GateMissedError, GraphoptError, ModelError, SpecError
 from graphopt.gradients import read_gradients
 from graphopt.judge import Progress
-from graphopt.lossy import BUDGET, Given, GivenDecisions, LossyRequest, LossyTask
+from graphopt.lossy import BUDGET, Finished, Given, GivenDecisions, LossyRequest, LossyTask
 from graphopt.lossy_report import Tried
 from graphopt.model import INLINE_LIMIT, Model, Source
 from graphopt.optimizer import Shapes, thread_counts
-from graphopt.pipeline import Pipeline, size_of
+from graphopt.pipeline import Pipeline
 from graphopt.quality import Bound, Quality
 from graphopt.report import PassRecord
 from graphopt.sparse_layers import SparseLayer, find
@@ -87,20 +87,8 @@ class Request(LossyRequest):
         return self.bound.names_numbers or self.bound.metric is not None
 
 
-@dataclass
-class Sparsified:
+class Sparsified(Finished[SparsityReport]):
     """A finished run: the model, and what was done to it."""
-
-    model: Model
-    report: SparsityReport
-
-    def save(self, path: str | Path) -> None:
-        """Write the model atomically, its sparse weights in sparse form where that is smaller.
-
-        Raises:
-            ModelError: it cannot be written; what was there is unchanged.
-        """
-        self.model.save(path)
 
 
 def sparsify(
@@ -173,9 +161,7 @@ def sparsify(
     read = None if gradients is None else read_gradients(gradients, given.original)
     task = _Task(given, request, progress, read)
     result = task.replayed(decisions) if decisions is not None else task.run()
-    result.report.environment = environment.describe()
-    result.report.seconds = time.perf_counter() - started
-    return result
+    return result.since(started)
 
 
 @dataclass(frozen=True)
@@ -370,13 +356,8 @@ class _Task(LossyTask):
         before = self.original
         small = before.weight_bytes() <= min(ZIPPED, INLINE_LIMIT)
         zipped = len(gzip.compress(before.emit().SerializeToString(deterministic=True), 6)) if small else None
-        described = {
-            "calibration": "" if self.calibrating is None else self.calibrating.description,
-            "judging": "" if self.judging is None else self.judging.description,
-        }
-        return SparsityReport(
-            str(before.path or "<memory>"), request.seed, request.bound.to_dict(), size_of(before), size_of(model),
-            decision=decision, tried=self.tried, samples=described, bytes_before=before.emitted_bytes(),
-            bytes_after=files.file, criterion=request.criterion, spread=request.spread, pattern=request.pattern,
+        return self.report_of(
+            SparsityReport, model, decision=decision, tried=self.tried, bytes_after=files.file,
+            criterion=request.criterion, spread=request.spread, pattern=request.pattern,
             layers=rows, files=files, before_gzip=zipped,
         )  # fmt: skip

@@ -223,3 +223,11 @@ def test_shapes_of_no_input_name_their_option(cli: Cli, model: Path) -> None:
     ran = cli("optimize", model, "--no-measure", "--shape", "z=1,4", "--json")
     assert ran.code == 2
     assert (ran.json["error"]["at"], ran.json["error"]["hint"]) == ("--shape", "its inputs: x")
+
+
+def test_explaining_what_can_be_cut_takes_no_word_on_how(cli: Cli, model: Path) -> None:
+    assert cli("prune", model, "--explain", "--json").json["decision"] == "explained"
+    for words in (["--ratio", "0.3"], ["--criterion", "l1"], ["-o", "out.onnx"], ["--no-measure"]):
+        ran = cli("prune", model, "--explain", *words)
+        assert ran.code == 2
+        assert words[0].removeprefix("--no") in ran.err.replace("--output", "-o").replace("--measure", "-measure")

@@ -251,7 +251,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let work stand for time, at the places where time is measured."""
 
     def macs(model: Model, task: factorizer._Task) -> float:
-        return float(task._macs(model) or 0)
+        return float(task.macs(model) or 0)
 
     def compare(task: factorizer._Task, candidates: Sequence[tuple[str, Model]]) -> list[Comparison]:
         base = macs(task.canonical(), task)

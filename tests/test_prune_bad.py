@@ -89,6 +89,11 @@ def test_the_good_model_of_these_tests_is_pruned() -> None:
         ({"ratio": 0.3, "provider": "gpu"}, "unknown provider"),
         ({"target_latency": 0.7}, "measuring"),
         ({"ratio": 0.3, "criterion": "taylor"}, "needs gradients"),
+        ({"ratio": 0.3, "gradients": "g.npz"}, "gradients rank channels by taylor"),
+        ({"ratio": 0.3, "criterion": "random", "aggregate": "max"}, "as a whole"),
+        ({"target_latency": 0.7, "measure": True, "steps": 3}, "one cut"),
+        ({"target_latency": 0.7, "measure": True, "drop_blocks": 1}, "one cut"),
+        ({"ratio": 0.3, "decisions": "d.json"}, "decisions say how much"),
     ],
 )
 def test_options_that_make_no_sense(asked: dict[str, Any], words: str) -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from graphopt import spec
-from graphopt.analysis.factorable import find, wanted
+from graphopt.analysis.factorable import find
 from graphopt.data import Spec
 from graphopt.decisions import Decisions
 from graphopt.edit import order_constants
@@ -29,6 +29,7 @@ from graphopt.judge import Comparison, Progress
 from graphopt.lossy import BUDGET, LOSSLESS_SHARE, Finished, Given, LossyTask, check_floats, faster, in_words
 from graphopt.lossy_report import Tried
 from graphopt.model import Model, Source
+from graphopt.names import matches
 from graphopt.optimizer import Shapes, thread_counts
 from graphopt.pipeline import Pipeline
 from graphopt.quality import Bound, Quality
@@ -126,7 +127,7 @@ class _Task(LossyTask):
         request = self.request
         known = {id(node): base.metadata(node) for node in base.graph.nodes}
         found = find(base.graph, known, tables=request.embeddings)
-        layers = [layer for layer in found if wanted(layer.label, request.only, request.skip)]
+        layers = [layer for layer in found if matches(layer.label, request.only, request.skip)]
         if (request.only or request.skip) and not layers:
             raise SpecError("no layer has a name like that", at="--only" if request.only else "--skip")
         budget = (1 - LOSSLESS_SHARE) * 2 / 3 * request.budget

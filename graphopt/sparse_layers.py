@@ -11,7 +11,6 @@ What is done to one is written down as metadata of its node: see `graphopt.spars
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from graphopt.analysis.constants import array_of, constant_node, is_constant, no
 from graphopt.edit import is_output, label
 from graphopt.layer_inputs import GramRequest, request_of
 from graphopt.model import Model
+from graphopt.names import matches
 from graphopt.ops import DECODES, DEQUANTIZE, is_standard
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -118,12 +118,6 @@ class SparseLayer:
             return np.arange(inputs), inputs
         channels = self.shape[1]
         return np.arange(inputs).reshape(channels, -1).T.reshape(-1), channels
-
-
-def matches(name: str, only: Sequence[str], skip: Sequence[str]) -> bool:
-    """Tell whether globs choose a layer."""
-    wanted = not only or any(fnmatch.fnmatchcase(name, glob) for glob in only)
-    return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in skip)
 
 
 def find(

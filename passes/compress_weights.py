@@ -15,7 +15,6 @@ by its largest magnitude first.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -29,6 +28,7 @@ from graphopt.analysis.shapes import TensorType
 from graphopt.base import Change, Context, Exactness, Pass
 from graphopt.codes import Codebook, codebook_code, normal_float_code, power_of_two_code
 from graphopt.edit import Edit, drop_declared, is_output, label
+from graphopt.names import matches
 from graphopt.ops import DECODES, WEIGHTED, is_standard
 from graphopt.registry import register
 
@@ -109,9 +109,7 @@ class CompressWeights(Pass):
             drop_declared(holder, gone)
 
     def _chosen(self, node: gs.Node) -> bool:
-        name = label(node)
-        wanted = not self.only or any(fnmatch.fnmatchcase(name, glob) for glob in self.only)
-        return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.skip)
+        return matches(label(node), self.only, self.skip)
 
     def _weight(
         self, graph: gs.Graph, ctx: Context, node: gs.Node, index: int, local: set[int], gone: set[int]

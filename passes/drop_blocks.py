@@ -12,7 +12,6 @@ Relatively Shallow Networks", 2016.
 
 from __future__ import annotations
 
-import fnmatch
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, label, make_node
 from graphopt.errors import did_you_mean
 from graphopt.model import Model
+from graphopt.names import fits, matches
 from graphopt.registry import register
 
 Array = np.ndarray[Any, Any]
@@ -103,13 +103,13 @@ class DropBlocks(Pass):
 
     def _named(self, blocks: Sequence[Block]) -> list[tuple[Block, str]]:
         """Return the blocks that were asked for, without those inside of others, which go with them."""
-        wanted = [b for b in blocks if any(fnmatch.fnmatchcase(b.label, glob) for glob in self.blocks)]
+        wanted = [b for b in blocks if fits(b.label, self.blocks)]
         outer = [b for b in wanted if not any(_holds(other, b) for other in wanted)]
         return [(b, "asked for") for b in outer]
 
     def _chosen(self, blocks: Sequence[Block], ctx: Context, count: int) -> list[tuple[Block, str]]:
         """Return so many blocks, the best to leave out first, each with its score in words."""
-        allowed = [b for b in blocks if _matches(b.label, self.only) and not _matches(b.label, self.skip)]
+        allowed = [b for b in blocks if matches(b.label, self.only, self.skip)]
         if count <= 0 or not allowed:
             return []
         if self.criterion == "output":
@@ -126,7 +126,7 @@ class DropBlocks(Pass):
                 )
             return
         for name in self.blocks:
-            if not any(fnmatch.fnmatchcase(n, name) for n in (*known, *done)):
+            if not any(fits(n, (name,)) for n in (*known, *done)):
                 hint = did_you_mean(name, known) or f"its blocks: {', '.join(known) or 'none'}"
                 yield Change(name, WHAT, f"there is no such block; {hint}")
 
@@ -238,10 +238,6 @@ def _gated_noise(blocks: Sequence[Block], ctx: Context, samples: int) -> Callabl
 
 def _holds(outer: Block, block: Block) -> bool:
     return outer is not block and any(node is block.add for node in outer.nodes)
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def _sizes(ctx: Context) -> dict[str, tuple[int, ...]] | None:

@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analysis.factorable import MARK, Factorable, find, wanted
+from graphopt.analysis.factorable import MARK, Factorable, find
 from graphopt.analysis.shapes import TensorType
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, drop_declared, replace_output
 from graphopt.factors import ROWS, Asked, Solved, Solver, first_form, in_parts, second_form
 from graphopt.low_rank import Split, rounded
+from graphopt.names import matches
 from graphopt.ops import is_standard
 from graphopt.registry import register
 
@@ -108,7 +109,7 @@ class FactorizeLayers(Pass):
         named = parsed(self.ranks)
         known = {id(node): ctx.model.metadata(node) for node in graph.nodes}
         for layer in find(graph, known, tables=self.embeddings):
-            if not wanted(layer.label, self.only, self.skip) or (named and layer.label not in named):
+            if not matches(layer.label, self.only, self.skip) or (named and layer.label not in named):
                 continue
             splits = self._splits(layer, named)
             why = layer.why or self._why_not(graph, layer, splits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from graphopt.half import (
     Risk,
 )
 from graphopt.importer import origin
+from graphopt.names import left_out
 from graphopt.ops import BROADCASTING, MOVEMENT, REDUCTIONS, UNARY, is_standard
 
 from .half_ports import is_function
@@ -104,12 +104,8 @@ def islands(found: Survey, request: Request) -> Islands:
 
 def _asked(node: gs.Node, request: Request) -> str | None:
     """Return what the user says against a node."""
-    name = label(node)
-    if request.only and not any(fnmatch.fnmatchcase(name, glob) for glob in request.only):
-        return "it is not among those asked for"
-    if any(fnmatch.fnmatchcase(name, glob) for glob in request.skip):
-        return "it is to be skipped"
-    return None
+    why = left_out(label(node), request.only, request.skip)
+    return f"it is {why}" if why else None
 
 
 def _fixed(found: Survey, node: gs.Node) -> str | None:

@@ -24,7 +24,6 @@ Sources: ONNX operators DynamicQuantizeLinear and MatMulInteger.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from graphopt.analysis.shapes import TensorType
 from graphopt.base import Change, Context, Pass
 from graphopt.codes import Affine, WeightMethod, weight_code
 from graphopt.edit import Edit, label, replace_output
+from graphopt.names import left_out
 from graphopt.ops import is_standard
 from graphopt.registry import register
 
@@ -110,9 +110,7 @@ class QuantizeDynamic(Pass):
                     yield Change(where, what, _gain(node), lambda node=node: writer.write(node))  # type: ignore[misc]
 
     def _left_out(self, where: str) -> str:
-        if not any(fnmatch.fnmatchcase(where, glob) for glob in self.only):
-            return "not among those asked for"
-        return "to be skipped" if any(fnmatch.fnmatchcase(where, glob) for glob in self.skip) else ""
+        return left_out(where, self.only, self.skip)
 
     def _too_small(self, node: gs.Node, ctx: Context) -> str:
         """Return why the integer kernel would be slower, empty where it would not."""

@@ -12,7 +12,6 @@ for Efficient Integer-Arithmetic-Only Inference", 2018; where ONNX Runtime wants
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -26,6 +25,7 @@ from graphopt.base import Change, Context, Pass
 from graphopt.codes import Affine, WeightMethod, activation_code, weight_code
 from graphopt.edit import Edit, is_output, label, make_node, replace_output
 from graphopt.errors import DataError
+from graphopt.names import left_out
 from graphopt.ops import is_standard
 from graphopt.registry import register
 from graphopt.targets import ACTIVATION, CPU_FORMS, INTEGER_FORMS, QUANTIZED_UNASKED
@@ -106,9 +106,7 @@ class QuantizeStatic(Pass):
         yield from self._changes(graph, ctx, chosen)
 
     def _left_out(self, layer: Layer) -> str:
-        if not any(fnmatch.fnmatchcase(layer.label, glob) for glob in self.only):
-            return "not among those asked for"
-        return "to be skipped" if any(fnmatch.fnmatchcase(layer.label, glob) for glob in self.skip) else ""
+        return left_out(layer.label, self.only, self.skip)
 
     def _changes(self, graph: gs.Graph, ctx: Context, chosen: list[gs.Node]) -> Iterator[Change]:
         """Propose the change; layers at tensors that no code suits stay float."""

@@ -14,7 +14,6 @@ loads the model.  Its kernel rounds activations to 8 bits (0.6 % of their size; 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -29,6 +28,7 @@ from graphopt.codes import weight_code
 from graphopt.edit import Edit, drop_declared, is_output, label
 from graphopt.gptq import round_to_codes
 from graphopt.layer_inputs import WIDEST, Gram, GramRequest
+from graphopt.names import fits
 from graphopt.ops import DECODES, is_standard
 from graphopt.registry import register
 
@@ -139,8 +139,8 @@ class QuantizeWeights(Pass):
 
     def _chosen(self, use: Use) -> bool:
         names = [label(node) for node in (*use.linear, *use.lookups)]
-        wanted = not self.only or any(fnmatch.fnmatchcase(n, glob) for n in names for glob in self.only)
-        return wanted and not any(fnmatch.fnmatchcase(n, glob) for n in names for glob in self.skip)
+        wanted = not self.only or any(fits(n, self.only) for n in names)
+        return wanted and not any(fits(n, self.skip) for n in names)
 
     def _what(self, use: Use) -> str:
         tied = bool(use.linear and use.lookups)

@@ -11,7 +11,6 @@ and its sources.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from graphopt.layer_inputs import WIDEST
 from graphopt.linear_layer import LinearLayer, linear_layer, linear_layers
 from graphopt.model import Model
 from graphopt.moments import Fit, Split
+from graphopt.names import left_out
 from graphopt.ops import is_standard
 from graphopt.reconstruct import Solution, solve
 from graphopt.registry import register
@@ -106,10 +106,8 @@ class ReconstructWeights(Pass):
         """Return why a layer is left; None where there is nothing to say of it."""
         if not isinstance(layer, LinearLayer):
             return layer[1]
-        if not any(fnmatch.fnmatchcase(layer.label, glob) for glob in self.only):
-            return "not among those asked for"
-        if any(fnmatch.fnmatchcase(layer.label, glob) for glob in self.skip):
-            return "to be skipped"
+        if why := left_out(layer.label, self.only, self.skip):
+            return why
         if model.metadata(layer.node).get(MARK) == mark:
             return None
         if layer.request.width > WIDEST:

@@ -24,7 +24,6 @@ Source: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantiza
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from graphopt.analysis.constants import array_of, is_constant
 from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, label
 from graphopt.importer import NodeOrigin, origin
+from graphopt.names import left_out
 from graphopt.ops import HOMOGENEOUS, is_standard
 from graphopt.registry import register
 
@@ -134,10 +134,8 @@ class SmoothQuant(Pass):
 
     def _why_not(self, node: gs.Node, ctx: Context) -> str:
         where = label(node)
-        if not any(fnmatch.fnmatchcase(where, glob) for glob in self.only):
-            return "not among those asked for"
-        if any(fnmatch.fnmatchcase(where, glob) for glob in self.skip):
-            return "to be skipped"
+        if why := left_out(where, self.only, self.skip):
+            return why
         held = origin(node)
         if held is not None and MARK in held.metadata:
             return "it was seen to before"

@@ -9,7 +9,6 @@ computes in float16.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ from graphopt.base import Change, Context, Pass
 from graphopt.edit import Edit, declare, drop_declared, make_node, replace_output, replace_uses
 from graphopt.half import FEW_DIGITS, FLOAT, LARGEST
 from graphopt.importer import origin
+from graphopt.names import matches
 from graphopt.ops import is_standard
 from graphopt.registry import register
 
@@ -70,8 +70,7 @@ class StoreFp16(Pass):
         values = array_of(constant)
         if values is None or values.size < max(self.least, 1) or edit.is_output(constant) or not constant.outputs:
             return False
-        wanted = not self.only or any(fnmatch.fnmatchcase(constant.name, glob) for glob in self.only)
-        return wanted and not any(fnmatch.fnmatchcase(constant.name, glob) for glob in self.skip)
+        return matches(constant.name, self.only, self.skip)
 
 
 def _change(constant: gs.Tensor, apply: Callable[[], None]) -> Change:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import onnx
 import pytest
 
 from graphopt.data import load_samples
-from graphopt.errors import ProviderError
 from graphopt.model import load
 from graphopt.models import zoo
 from graphopt.models.digits import demo_model
@@ -18,6 +16,7 @@ from graphopt.models.digits.task import accuracy, calibration
 from graphopt.optimizer import read_pipeline
 from graphopt.pipeline import Result, Settings
 from graphopt.runtime import Session
+from tests.zoo_files import fetched
 
 STEPS = """
 [[step]]
@@ -68,12 +67,7 @@ def run(path: Path, data: object, folder: Path) -> Result:
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zoo.names() if n not in SPARED]
 )
 def test_one_file_prunes_fits_factorizes_and_quantizes(name: str, tmp_path: Path) -> None:
-    try:
-        path = Path(zoo.fetch(name))
-    except ProviderError as error:
-        if os.environ.get("CI") and name not in zoo.names("torch"):
-            pytest.fail(str(error))
-        pytest.skip(str(error))
+    path = fetched(name)
     feeds = list(zoo.feeds(name, count=4))
     result = run(path, feeds, tmp_path)
     result.save(tmp_path / "out.onnx")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -13,10 +10,10 @@ from onnx import numpy_helper
 import graphopt
 from graphopt import runtime
 from graphopt.analysis.cost import costs
-from graphopt.errors import ProviderError
 from graphopt.models import zoo
 from graphopt.pipeline import Pipeline, Settings
 from tests.cut_twins import slices, twin
+from tests.zoo_files import fetched
 
 CUT = "prune-channels{criterion=random,spread=local,ratio=0.4,round_to=1}"
 
@@ -44,15 +41,6 @@ def distinct(model: onnx.ModelProto) -> onnx.ModelProto:
             off = (np.abs(values) + 1e-2 * values.std()) * 1e-3 * rng.standard_normal(values.shape)  # zeros too
             tensor.CopyFrom(numpy_helper.from_array((values + off).astype(np.float32), tensor.name))
     return model
-
-
-def fetched(name: str) -> Path:
-    try:
-        return Path(zoo.fetch(name))
-    except ProviderError as error:
-        if os.environ.get("CI") and name not in zoo.names("torch"):
-            pytest.fail(str(error))
-        pytest.skip(str(error))
 
 
 @pytest.mark.zoo

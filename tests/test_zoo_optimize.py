@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 from pathlib import Path
 
 import pytest
 
 import graphopt
-from graphopt.errors import ProviderError
 from graphopt.models import zoo
 from graphopt.optimizer import default_pipeline
 from graphopt.validate import Reference
+from tests.zoo_files import fetched
 
 LIMIT = 1e-4
 """Largest error, relative to the largest output: the bound that the default pipeline is held to."""
@@ -24,12 +23,7 @@ SLOW = {"alexnet", "vgg19", "zfnet512", *zoo.names("torch")}
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in zoo.names()])
 def test_optimized_model_gives_equal_outputs(name: str, tmp_path: Path) -> None:
-    try:
-        path = zoo.fetch(name)
-    except ProviderError as error:
-        if os.environ.get("CI") and name not in zoo.names("torch"):
-            pytest.fail(str(error))
-        pytest.skip(str(error))
+    path = fetched(name)
     before = path.stat().st_mtime_ns
     result = graphopt.optimize(path, measure=False)
     result.save(tmp_path / "out.onnx")

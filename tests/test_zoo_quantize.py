@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,12 @@ import pytest
 
 from graphopt import gate, lossy
 from graphopt.compiled import inspect_layers
-from graphopt.errors import ProviderError
 from graphopt.model import Model, load
 from graphopt.models import zoo
 from graphopt.quantization_report import QuantizationReport
 from graphopt.quantizer import quantize
 from graphopt.runtime import Session
+from tests.zoo_files import fetched
 
 SAMPLES = 4
 """Few, so that the same ones calibrate and judge: here it counts that each model comes through."""
@@ -64,16 +63,6 @@ def test_result_is_valid_good_enough_and_what_the_report_says(name: str, tmp_pat
     else:
         assert report.reason
         assert not onnx_ops(written) & {"QuantizeLinear", "DynamicQuantizeLinear"}
-
-
-def fetched(name: str) -> Path:
-    """Return a model's path; a model that is not to be had here skips the test."""
-    try:
-        return Path(zoo.fetch(name))
-    except ProviderError as error:
-        if os.environ.get("CI") and name not in zoo.names("torch"):
-            pytest.fail(str(error))
-        pytest.skip(str(error))
 
 
 def same_signature(before: Model, after: Model) -> None:

@@ -69,44 +69,53 @@ def _contract(place: Place, found: Sequence[tuple[int, int]]) -> None:
 
 def conv(place: Place) -> None:
     """X nc.. W oc.. B o -> Y no..; groups as an implicit reshape to (group, channel)."""
-    x, weight, y = place.into(0), place.into(1), place.out(0)
-    if x is None or weight is None or y is None:
-        place.freeze(f"the rank of an operand of {place.name} is unknown")
+    found = _grouped(place, "oc", "o_")
+    if found is None:
         return
-    group, rest = int(place.attr("group", 1)), "." * (len(x) - 2)
-    shape = place.ties.shapes.proved(place.node.inputs[1]).shape or ()
-    if group == 1:
-        letters(place, {0: "nc" + rest, 1: "oc" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
-        return
-    letters(place, {0: "n_" + rest, 1: "o_" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
-    made, width = shape[:2]
-    if not isinstance(made, int) or not isinstance(width, int):
-        place.freeze(f"the weight of {place.name} has no fixed shape")
-        return
+    x, weight, _, (made, width), group = found
     _groups(place, x[1], (weight[1], width), weight[0], (None, made // group), group)
     place.ties.role(weight[1], "reads")
 
 
 def conv_transpose(place: Place) -> None:
     """X nc.. W co.. B o -> Y no..; groups as an implicit reshape to (group, channel)."""
-    x, weight, y = place.into(0), place.into(1), place.out(0)
-    if x is None or weight is None or y is None:
-        place.freeze(f"the rank of an operand of {place.name} is unknown")
+    found = _grouped(place, "co", "__")
+    if found is None:
         return
-    group, rest = int(place.attr("group", 1)), "." * (len(x) - 2)
-    shape = place.ties.shapes.proved(place.node.inputs[1]).shape or ()
-    if group == 1:
-        letters(place, {0: "nc" + rest, 1: "co" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
-        return
-    letters(place, {0: "n_" + rest, 1: "__" + rest, **_bias(place)}, ["no" + rest], biases=(2,))
-    read, width = shape[:2]
-    if not isinstance(read, int) or not isinstance(width, int):
-        place.freeze(f"the weight of {place.name} has no fixed shape")
-        return
+    x, weight, y, (read, width), group = found
     place.ties.tie(x[1], weight[0], f"{place.name} has two sizes along it")
     _groups(place, weight[0], (None, read // group), y[1], (weight[1], width), group)
     place.ties.role(weight[0], "makes" if read == group else "reads")
     place.ties.role(weight[1], "makes")
+
+
+def _grouped(
+    place: Place, whole: str, split: str
+) -> tuple[Sequence[int], Sequence[int], Sequence[int], tuple[int, int], int] | None:
+    """Say in letters what a convolution ties, and return what is left to say of one with groups.
+
+    Args:
+        place: the node.
+        whole: letters of the first two axes of its weight, with one group.
+        split: with several.
+
+    Returns:
+        Axes of X, W and Y, the sizes of the first two of W, and the groups; None where nothing is left to say.
+    """
+    x, weight, y = place.into(0), place.into(1), place.out(0)
+    if x is None or weight is None or y is None:
+        place.freeze(f"the rank of an operand of {place.name} is unknown")
+        return None
+    group, rest = int(place.attr("group", 1)), "." * (len(x) - 2)
+    read, told = ("nc", whole) if group == 1 else ("n_", split)
+    letters(place, {0: read + rest, 1: told + rest, **_bias(place)}, ["no" + rest], biases=(2,))
+    if group == 1:
+        return None
+    first, second = (place.ties.shapes.proved(place.node.inputs[1]).shape or (None, None))[:2]
+    if not isinstance(first, int) or not isinstance(second, int):
+        place.freeze(f"the weight of {place.name} has no fixed shape")
+        return None
+    return x, weight, y, (first, second), group
 
 
 def _bias(place: Place) -> dict[int, str]:

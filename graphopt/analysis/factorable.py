@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -235,10 +234,3 @@ def _one_per_output(tensor: gs.Tensor, outputs: int) -> bool:
         return False
     shape, size = held[1], int(np.prod(held[1]))
     return size == 1 or (size == outputs and bool(shape) and shape[-1] == outputs)
-
-
-def wanted(name: str, only: Iterable[str], skip: Iterable[str]) -> bool:
-    """Tell whether globs choose a layer: one of `only`, if there are any, and none of `skip`."""
-    only = tuple(only)
-    chosen = not only or any(fnmatch.fnmatchcase(name, glob) for glob in only)
-    return chosen and not any(fnmatch.fnmatchcase(name, glob) for glob in skip)

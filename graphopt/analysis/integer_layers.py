@@ -6,7 +6,6 @@ A layer's weight as rows: (group, rows, columns), a row for each output channel;
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,6 +16,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analysis.constants import array_of
 from graphopt.analysis.placement import output_axis
 from graphopt.edit import label
+from graphopt.names import left_out
 from graphopt.ops import DEQUANTIZE, is_standard
 from graphopt.targets import CPU_FORMS, IntegerForm
 
@@ -120,10 +120,8 @@ def find_layers(
         name = label(node)
         if layer is None:
             continue
-        if not any(fnmatch.fnmatchcase(name, glob) for glob in only):
-            blocked[name] = "not among those asked for"
-        elif any(fnmatch.fnmatchcase(name, glob) for glob in skip):
-            blocked[name] = "to be skipped"
+        if why := left_out(name, only, skip):
+            blocked[name] = why
         elif isinstance(layer, str):
             blocked[name] = layer
         else:

@@ -26,7 +26,8 @@ settings.load_profile("graphopt")
 
 def pytest_configure() -> None:
     """Let workers share the cores: linear algebra that spins on all of them slows the others down many times."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):  # of NumPy, of torch
+        os.environ.setdefault(variable, "1")
 
 
 @dataclass(frozen=True)

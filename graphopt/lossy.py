@@ -217,6 +217,7 @@ class LossyTask:
                 contrib=request.contrib, seed=request.seed, budget=LOSSLESS_SHARE * request.budget,
                 measure=request.measure, verify="end" if request.measure else "off", progress=self.progress,
             )  # fmt: skip
+            order_constants(self._lossless.model.graph)  # so that a replay writes the same bytes
         return self._lossless
 
     def lowering(self) -> tuple[spec.Step, ...]:

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from graphopt.compiled import inspect_layers
+from graphopt.decisions import save_decisions
 from graphopt.errors import DataError, GateMissedError, SpecError
 from graphopt.model import load
 from graphopt.models import digits
@@ -46,22 +47,27 @@ def test_what_is_returned_is_what_the_report_says(result: Quantized) -> None:
 
 
 def test_a_replay_writes_the_same_bytes(result: Quantized, tmp_path: Path) -> None:
-    from graphopt.decisions import save_decisions
+    _assert_replay_writes_the_same(result, tmp_path)
 
-    save_decisions(tmp_path / "decisions.json", result.report.decisions or {})
-    again = quantize(digits.demo_model(), data=FEEDS, decisions=tmp_path / "decisions.json")
-    result.save(tmp_path / "a.onnx")
-    again.save(tmp_path / "b.onnx")
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+def _assert_replay_writes_the_same(found: Quantized, folder: Path) -> None:
+    save_decisions(folder / "decisions.json", found.report.decisions or {})
+    again = quantize(digits.demo_model(), data=FEEDS, decisions=folder / "decisions.json")
+    found.save(folder / "a.onnx")
+    again.save(folder / "b.onnx")
+    assert (folder / "a.onnx").read_bytes() == (folder / "b.onnx").read_bytes()
 
 
 @pytest.mark.slow
-def test_a_bound_that_nothing_keeps_gives_the_lossless_model_and_why() -> None:
+def test_a_bound_that_nothing_keeps_gives_the_lossless_model_and_why_and_a_replay_writes_it(
+    tmp_path: Path,
+) -> None:
     found = quantize(digits.demo_model(), data=FEEDS, bound=Bound(min_sqnr=120.0), budget=2.0)
     assert found.report.decision == "lossless"
     assert found.report.reason
     assert {row.precision for row in found.report.layers} == {"float"}
     assert not any(node.op == "QuantizeLinear" for node in found.model.nodes())
+    _assert_replay_writes_the_same(found, tmp_path)
 
 
 @pytest.mark.parametrize(("form", "largest"), [("int8", 0.85), ("int4", 0.85), ("nf4", 0.35), ("codebook", 0.45)])

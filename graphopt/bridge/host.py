@@ -71,7 +71,7 @@ def host_of(array: np.ndarray[Any, Any]) -> Host | None:
     if not wide or array.ndim > 1 or array.size > LARGEST:
         return None
     values = array.tolist()
-    return tuple(values) if isinstance(values, list) else values  # type: ignore[no-any-return]  # by its dtype
+    return tuple(values) if isinstance(values, list) else values
 
 
 def torch_kind(kind: int | np.dtype[Any]) -> Any:

@@ -7,11 +7,14 @@
     }
 
 A function is module-level (`torch.fx` writes its name into the code that it makes) and is called with the inputs by
-position, in ONNX order, None where one is left out, and the attributes by their ONNX names, the schema's defaults filled
-in.  An attribute without default that a node lacks is not passed.  An attribute that the function has no parameter for is
-refused unless it has its default value.  A tensor attribute of one element comes as (number, torch dtype).  A parameter
-`outputs` gets the number of outputs that the node names, `opset` the version of the operator set.  Returned is one
-tensor, or a tuple of them.
+position, in ONNX order, None where one is left out, and the attributes by their ONNX names, with the schema's
+defaults.  An attribute without default that a node lacks is not passed.  One that the function has no parameter for is
+refused unless it has its default value.  A tensor attribute of one element comes as (number, torch dtype).  A
+parameter `outputs` gets the number of outputs that the node names, `opset` the version of the operator set.  Returned
+is one tensor, or a tuple of them (always, where the operator may have several outputs and is not asked by `outputs`).
+A host value is returned only where all inputs are host values (Shape and Size apart).
+Types are codes of `TensorProto.DataType`: `host.torch_kind` gives torch's.  Half precision does not occur: masters are
+float32, and attributes that name a half type arrive as FLOAT.
 """
 
 from __future__ import annotations

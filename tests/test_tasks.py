@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -26,6 +28,7 @@ from graphopt.models.tasks import (
     render,
     require,
     text,
+    training_lines,
 )
 from graphopt.runtime import Session
 
@@ -254,6 +257,32 @@ def test_no_text_is_in_two_splits() -> None:
     found = {split: set(itertools.islice(texts(split), 400 if split != "test" else 1200)) for split in SPLITS}
     assert len(found["test"]) > 1100
     assert_disjoint(found)
+
+
+def test_training_lines_are_no_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(training_lines, "CHUNK", 8)
+    monkeypatch.setattr(render, "_files", lambda _: (latin_font(),))
+    lines = training_lines.Lines("some", seed=1, calibration=101, height=20, widest=100)
+    first = list(lines.first(11))
+    assert {line.picture.shape[0] for line in first} == {20}
+    assert max(line.picture.shape[1] for line in first) <= 100
+    again = list(lines.first(11))
+    assert [line.text for line in again] == [line.text for line in first]
+    assert all(np.array_equal(a.picture, b.picture) for a, b in zip(first, again, strict=True))
+    assert all(text.in_split(line.text, "calibration") for line in first)
+    assert not {line.text for line in first} & training_lines.calibrating(101)
+
+
+def test_training_lines_do_not_repeat_a_calibration_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "_files", lambda _: (latin_font(),))
+    own = training_lines.Lines("some", seed=101, calibration=101, height=20)
+    drawn = [own._line(index).text for index in range(4)]  # the seed of calibration itself
+    assert not set(drawn) & training_lines.calibrating(101)
+
+
+def latin_font() -> Path:
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
 def test_no_file_sentence_or_photo_is_in_two_splits() -> None:

@@ -11,23 +11,57 @@ import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from graphopt.errors import ModelError
 from graphopt.models import zoo
 from graphopt.models.tasks import Array, Feeds, Predict, Scores, item_limit, render, text
 from graphopt.models.tasks.kept import kept
+from graphopt.models.tasks.training_lines import Lines
 
-TEST_LINES, SELECTION_LINES, CALIBRATION_LINES = 2000, 500, 128
-HEIGHT, WIDTH_STEP, BATCH = 48, 80, 8
+TEST_LINES, SELECTION_LINES, CALIBRATION_LINES, TRAINING_LINES = 2000, 500, 128, 8192
+HEIGHT, WIDTH_STEP, BATCH, TRAINING_BATCH = 48, 80, 8, 16
 _SEEDS: dict[text.Split, int] = {"calibration": 101, "selection": 111, "test": 202}
+_TRAINING = Lines("ocr-rec", seed=121, calibration=_SEEDS["calibration"], height=HEIGHT)
 _CHUNK = 128  # lines drawn at a time, then batched by width
+_TRAINING_CHUNK = 1024
 
 
 def calibration(limit: int | None = None) -> Iterator[Feeds]:
     """Yield batches of up to 8 lines, ``x``: N, 3, 48, W with W a multiple of 80; 128 lines unless asked for more."""
     for _, feeds in _batches("calibration", item_limit(limit, max(limit or 0, CALIBRATION_LINES))):
         yield feeds
+
+
+def training(limit: int | None = None) -> Iterator[Feeds]:
+    """Yield batches of up to 16 lines to train on, half of them Chinese, 8,192 unless asked for more.
+
+    No text of theirs is in another split.
+    """
+    for _, feeds in _training(limit):
+        yield feeds
+
+
+def training_labelled(limit: int | None = None) -> Iterator[tuple[Feeds, npt.NDArray[np.int64]]]:
+    """Yield the same with the classes of the characters, N x longest, filled up with -1.
+
+    Lines with characters that the recogniser does not know are left out.
+    """
+    classes = {character: index for index, character in enumerate(characters())}
+    for lines, feeds in _training(limit):
+        spelt = [[classes.get(character, -1) for character in line.text] for _, line in lines]
+        known = [row for row, labels in enumerate(spelt) if -1 not in labels]
+        labels = np.full((len(known), max((len(spelt[row]) for row in known), default=0)), -1, np.int64)
+        for filled, row in zip(labels, known, strict=True):
+            filled[: len(spelt[row])] = spelt[row]
+        if known:
+            yield {"x": feeds["x"][known]}, labels
+
+
+def _training(limit: int | None) -> Iterator[tuple[list[tuple[int, render.Line]], Feeds]]:
+    lines = _TRAINING.first(item_limit(limit, max(limit or 0, TRAINING_LINES)))
+    return _by_width(lines, _TRAINING_CHUNK, TRAINING_BATCH)
 
 
 def selection(limit: int | None = None) -> Iterator[Feeds]:
@@ -131,14 +165,21 @@ def _batches(
     split: text.Split, count: int, script: text.Script | None = None
 ) -> Iterator[tuple[list[tuple[int, render.Line]], Feeds]]:
     """Yield lines of about the same width with their index, and the feed they make."""
-    drawn = enumerate(samples(split, count, script))
-    while lines := list(itertools.islice(drawn, _CHUNK)):
+    return _by_width(samples(split, count, script), _CHUNK, BATCH)
+
+
+def _by_width(
+    lines: Iterator[render.Line], chunk: int, batch: int
+) -> Iterator[tuple[list[tuple[int, render.Line]], Feeds]]:
+    """Yield batches of lines of about the same width, out of one chunk after the other."""
+    drawn = enumerate(lines)
+    while taken := list(itertools.islice(drawn, chunk)):
         by_width: dict[int, list[tuple[int, render.Line]]] = {}
-        for item in lines:
+        for item in taken:
             steps = -(-render.scaled_width(item[1].picture, HEIGHT) // WIDTH_STEP)
             by_width.setdefault(steps * WIDTH_STEP, []).append(item)
         for width, group in sorted(by_width.items()):
-            for start in range(0, len(group), BATCH):
-                part = group[start : start + BATCH]
+            for start in range(0, len(group), batch):
+                part = group[start : start + batch]
                 x = render.network_input([line.picture for _, line in part], HEIGHT, width)
                 yield part, {"x": x}

@@ -7,6 +7,7 @@ SC). Pictures are RGB, uint8, height x width x 3.
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,17 @@ def network_input(pictures: list[Picture], height: int, width: int) -> npt.NDArr
     Each is scaled to ``height``, keeping its shape where ``width`` allows, and padded with zeros on the right.
     """
     batch = np.zeros((len(pictures), 3, height, width), np.float32)
-    images = require("PIL.Image", "pillow")
     for row, picture in zip(batch, pictures, strict=True):
-        fitted = min(width, scaled_width(picture, height))
-        resized = images.fromarray(picture).resize((fitted, height), resample=2)  # 2: bilinear
-        row[:, :, :fitted] = np.asarray(resized, np.float32)[:, :, ::-1].transpose(2, 0, 1) / 127.5 - 1.0
+        resized = fitted(picture, height, width)
+        row[:, :, : resized.shape[1]] = resized.astype(np.float32)[:, :, ::-1].transpose(2, 0, 1) / 127.5 - 1.0
     return batch
+
+
+def fitted(picture: Picture, height: int, widest: int = 0) -> Picture:
+    """Return a picture scaled to ``height``, keeping its shape where ``widest`` (0: any width) allows."""
+    width = min(widest or sys.maxsize, scaled_width(picture, height))
+    resized = require("PIL.Image", "pillow").fromarray(picture).resize((width, height), resample=2)  # 2: bilinear
+    return np.asarray(resized)
 
 
 def scaled_width(picture: Picture, height: int) -> int:

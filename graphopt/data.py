@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 from graphopt import sample_files
 from graphopt.errors import DataError, did_you_mean
-from graphopt.model import Model
+from graphopt.model import Model, ValueSpec
 from graphopt.random_feeds import random_feeds
 from graphopt.samples import FeedChecker, Feeds, Samples
 
@@ -51,16 +51,30 @@ def load_samples(
     if spec is None:
         return random_feeds(model, seed=seed, shapes=shapes)
     checker = FeedChecker(model)
-    made = _from_text(str(spec), checker, batch) if isinstance(spec, str | Path) else _from_python(spec)
+    made = unchecked(spec, checker.specs, batch=batch)
     return Samples(lambda: checker.checked(made), made.description, random=made.random)
 
 
-def _from_text(spec: str, checker: FeedChecker, batch: int) -> Samples:
+def unchecked(spec: Spec, specs: Mapping[str, ValueSpec], *, batch: int = 1) -> Samples:
+    """Return what `spec` names as it comes: items of functions and iterables need not be feeds.
+
+    Args:
+        spec: see the module's docstring.
+        specs: the arrays that are read from files, by name.
+        batch: rows per feed where an `.npz` array is cut along its first axis.
+
+    Raises:
+        DataError: unusable.
+    """
+    return _from_text(str(spec), specs, batch) if isinstance(spec, str | Path) else _from_python(spec)
+
+
+def _from_text(spec: str, specs: Mapping[str, ValueSpec], batch: int) -> Samples:
     path = Path(spec)
     if path.is_dir():
-        return sample_files.from_folder(path, checker.specs)
+        return sample_files.from_folder(path, specs)
     if path.is_file() and path.suffix == ".npz":
-        return sample_files.from_npz(path, checker.specs, batch)
+        return sample_files.from_npz(path, specs, batch)
     if path.is_file() and path.suffix == ".pb":
         raise DataError("one .pb file is one tensor", at=spec, hint="name the test_data_set_* folder it is in")
     file, separator, _ = spec.rpartition(":")

@@ -1,0 +1,351 @@
+"""The training loop: batches in, updates of the weights, the best model out.
+
+One update is `accumulate` batches of every process: gradients are weighted by rows, so that however rows are cut into
+batches, the step is that of one large batch.  Everything random is a function of the seed and the number of the update:
+training that was killed goes on from its checkpoint to the very same weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from graphopt.bridge import checkpoints
+from graphopt.bridge.averaging import Average, Tensors, array, copied, copy_into, shown
+from graphopt.bridge.failure import likely_reason
+from graphopt.bridge.history import History, Row
+from graphopt.bridge.parallel import Team, team
+from graphopt.bridge.parts import Data, Judge, Loss, Progress, Trainable
+from graphopt.bridge.plan import Plan
+from graphopt.bridge.update import Update
+from graphopt.errors import DataError, ModelError, SpecError
+from graphopt.training import TrainSettings
+
+SHOWN_EVERY = 0.1
+"""Seconds between two words about the progress."""
+
+
+def train(
+    bridge: Trainable,
+    data: Data,
+    objective: Loss,
+    settings: TrainSettings,
+    *,
+    judge: Judge | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    checkpoint_seconds: float = 20.0,
+) -> History:
+    """Train a module in place; afterwards it holds the best weights (judged), the averaged or the last ones.
+
+    With a judge, the model is judged before the first update too: training never leaves it worse than it was.  Of equal
+    qualities the later one is kept.
+
+    Args:
+        bridge: the module, its parameters and their roles.
+        data: what it is trained on.
+        objective: gives the loss of a batch; parameters that it has of its own are trained too.
+        settings: all options.
+        judge: quality of a model, higher is better; of averaged weights where there are any.
+        seed: of everything random.
+        checkpoint: folder that is kept up to date while training.
+        resume: go on from that folder, where it holds a checkpoint.
+        progress: is told updates done, of how many, and loss, rate and time left.
+        checkpoint_seconds: time between two checkpoints; 0: after every update.
+
+    Raises:
+        ModelError: nothing can be trained, or no trained tensor has a part in the loss.
+        DataError: there are no samples; the checkpoint is damaged.
+        SpecError: the checkpoint belongs to another training, or its folder to something else; statistics of
+            BatchNormalization cannot be trained by several processes.
+    """
+    group = team()
+    _check(bridge, data, settings, group)
+    keeper = None
+    if checkpoint is not None:
+        keeper = _Keeper(Path(checkpoint), checkpoint_seconds, group)
+        keeper.check(resume=resume)
+    with _repeatable(bridge.module):
+        loop = Loop(bridge, data, objective, settings, judge, seed, group, progress)
+        return loop.run(keeper, resume=resume)
+
+
+def _check(bridge: Trainable, data: Data, settings: TrainSettings, group: Team) -> None:
+    if not bridge.parameters:
+        raise ModelError(
+            "the model has no tensor that could be trained", at=f"graph '{bridge.model.graph.name}'",
+            hint="weights are float initializers; only and freeze choose among them",
+        )  # fmt: skip
+    if not data.rows:
+        raise DataError("there are no samples to train on", at="training data")
+    if group.world > 1 and settings.batch_norm == "train":
+        raise SpecError(
+            f"{group.world} processes see different batches: statistics of BatchNormalization are not trained there",
+            at="batch_norm", hint="batch_norm = frozen, or one process",
+        )  # fmt: skip
+
+
+@contextmanager
+def _repeatable(module: Any) -> Iterator[None]:
+    """Train with deterministic kernels; leave torch's state as it was found."""
+    training, strict = module.training, torch.are_deterministic_algorithms_enabled()
+    warn, fill = (
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing reads such memory
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module.train()
+            yield
+    finally:
+        module.train(training)
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Loop:
+    """Training as it stands between two updates."""
+
+    def __init__(
+        self, bridge: Trainable, data: Data, objective: Loss, settings: TrainSettings, judge: Judge | None, seed: int,
+        group: Team, progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.bridge, self.data, self.settings, self.seed, self.group = bridge, data, settings, seed, group
+        self.judge, self.progress = judge, progress
+        self.plan = Plan.of(settings, data, fixed=bridge.batch, world=group.world)
+        self.update = Update(bridge, objective, settings, self.plan, seed, group)
+        self.tensors = self.update.tensors
+        self.average = Average(self.tensors, settings.ema) if settings.ema else None
+        self.history = History()
+        self.kept: Tensors | None = None
+        self.step = self.epoch = self.place = self.waiting = 0
+        self.quality = -math.inf
+        self.sums: dict[str, float] = {}
+        self.summed = 0
+        self.before = 0.0
+        self.started = time.monotonic()
+        self.told = -math.inf
+
+    def run(self, keeper: _Keeper | None, *, resume: bool) -> History:
+        """Train to the end."""
+        belongs = self._identity() if keeper else {}
+        state = keeper.load(belongs) if keeper and resume else None
+        if state is not None:
+            self._restore(state)
+            if state.numbers["finished"]:
+                return self.history
+        elif self.judge is not None:
+            self._evaluate()
+        first = self.step
+        for group in self._groups():
+            if self.step >= self.plan.total or self.history.stopped:
+                break
+            self._advance(group, first)
+            if keeper and keeper.due(self.step):
+                keeper.save(self, belongs, finished=False)
+        self._finish()
+        if keeper:
+            keeper.save(self, belongs, finished=True)
+        return self.history
+
+    def _groups(self) -> Iterator[list[Any]]:
+        """Yield the batches of each update; where it stands counts the group that was yielded."""
+        plan = self.plan
+        while True:
+            fresh = self.place == 0
+            batches = iter(self.data.epoch(
+                self.epoch, seed=self.seed, batch=plan.batch, rank=self.group.rank, world=self.group.world,
+                start=self.place,
+            ))  # fmt: skip
+            while group := list(islice(batches, plan.accumulate)):
+                self.place += len(group)
+                yield group
+            if fresh and not self.place:
+                raise DataError("an epoch has no batch", at="training data", hint=f"{self.data.rows} samples")
+            self.epoch, self.place = self.epoch + 1, 0
+
+    def _advance(self, group: list[Any], first: int) -> None:
+        """Make one update, and what is due after it."""
+        terms = self.update.gradients(group, self.step)
+        if not math.isfinite(terms["loss"]):
+            self._fail(terms, group)
+            return
+        rate, penalties = self.update.apply(self.step)
+        if self.average is not None:
+            self.average.update()
+        self.step += 1
+        terms.update(penalties)
+        terms["loss"] += sum(penalties.values())
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.summed += 1
+        if self.plan.evaluated(self.step):
+            self._evaluate()
+        elif self.plan.logged(self.step):
+            self._row(None)
+        self._tell(terms["loss"], rate, first)
+
+    def _fail(self, terms: dict[str, float], group: list[Any]) -> None:
+        weights = {name: array(tensor) for name, tensor in self.tensors.items()}
+        why = likely_reason(terms, [batch.feeds for batch in group], weights, self.settings, step=self.step)
+        self.history.failed = True
+        self.history.stopped = f"the loss of update {self.step + 1} is {terms['loss']}: {why}"
+
+    def _evaluate(self) -> None:
+        """Judge the model as it would be written now; keep it where it is the best."""
+        values = self.average.values if self.average is not None else self.tensors
+        judged = None if self.judge is None else self._judged(self.judge, values)
+        mean = self.sums["loss"] / self.summed if self.summed else math.inf
+        quality = -mean if judged is None else judged
+        quality = -math.inf if math.isnan(quality) else quality
+        self.waiting = 0 if quality > self.quality else self.waiting + 1
+        if self.judge is None or quality >= self.quality:
+            self.kept = copied(values)
+            self.history.best_step = self.step
+            self.history.best = None if judged is None or not math.isfinite(judged) else judged
+        self.quality = max(self.quality, quality)
+        self._row(judged if judged is not None and math.isfinite(judged) else None)
+        patience = self.settings.patience
+        if patience and self.waiting >= patience and self.step < self.plan.total:
+            self.history.stopped = f"no better quality in {patience} evaluations" + ("" if self.judge else " (loss)")
+
+    def _judged(self, judge: Judge, values: Tensors) -> float:
+        if not self.group.leads:
+            return self.group.told(0.0)
+        with shown(self.tensors, values):
+            return self.group.told(float(judge(self.bridge.write_back(self.bridge.model.copy()))))
+
+    def _row(self, judged: float | None) -> None:
+        terms = {name: value / max(1, self.summed) for name, value in self.sums.items()}
+        epoch = self.step / self.plan.per_epoch
+        rate = self.update.schedule.rate(self.step - 1) if self.step else 0.0
+        self.history.rows.append(Row(self.step, round(epoch, 4), rate, terms, judged, round(self.seconds, 3)))
+        self.sums, self.summed = {}, 0
+
+    @property
+    def seconds(self) -> float:
+        """Time since training began, earlier runs included."""
+        return self.before + time.monotonic() - self.started
+
+    def _tell(self, loss: float, rate: float, first: int) -> None:
+        now = time.monotonic()
+        ended = self.step == self.plan.total or bool(self.history.stopped)
+        if self.progress is None or not self.group.leads or (now - self.told < SHOWN_EVERY and not ended):
+            return
+        self.told = now
+        left = (now - self.started) / (self.step - first) * (self.plan.total - self.step)
+        self.progress(self.step, self.plan.total, f"loss {loss:.4g}, rate {rate:.3g}, {duration(left)} left")
+
+    def _finish(self) -> None:
+        """Leave the weights that are to be written in the module."""
+        self.history.steps = self.step
+        if self.judge is not None or self.history.failed:
+            if self.kept is not None:
+                copy_into(self.tensors, self.kept)
+            else:
+                copy_into(self.tensors, self.update.initial)
+        elif self.average is not None:
+            copy_into(self.tensors, self.average.values)
+
+    def _identity(self) -> dict[str, Any]:
+        return checkpoints.identity(
+            self.bridge.model, {name: array(tensor) for name, tensor in self.tensors.items()}, self.settings,
+            rows=self.data.rows, seed=self.seed, world=self.group.world,
+        )  # fmt: skip
+
+    def state(self, belongs: dict[str, Any], *, finished: bool) -> checkpoints.State:
+        """Return all that the next update depends on."""
+        parts = {"weights": self.tensors, "kept": self.kept or {}, "optimizer": self.update.optimizer.state()}
+        parts["average"] = self.average.values if self.average else {}
+        arrays = {f"{part}\t{name}": array(value) for part, held in parts.items() for name, value in held.items()}
+        numbers = {name: getattr(self, name) for name in COUNTED}
+        numbers.update(
+            quality=self.quality if math.isfinite(self.quality) else None, seconds=self.seconds, finished=finished,
+            averaged=self.average.updates if self.average else 0, history=self.history.to_dict(),
+            scaler=self.update.scaler.state_dict(), belongs=belongs,
+        )  # fmt: skip
+        return checkpoints.State(arrays, numbers)
+
+    def _restore(self, state: checkpoints.State) -> None:
+        parts: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+        for key, values in state.arrays.items():
+            part, _, name = key.partition("\t")
+            parts.setdefault(part, {})[name] = values
+        numbers = state.numbers
+        copy_into(self.tensors, parts["weights"])
+        self.update.optimizer.restore(parts.get("optimizer", {}))
+        self.update.scaler.load_state_dict(numbers["scaler"]) if numbers["scaler"] else None
+        if "kept" in parts:
+            self.kept = copied(self.tensors)
+            copy_into(self.kept, parts["kept"])
+        if self.average is not None:
+            copy_into(self.average.values, parts["average"])
+            self.average.updates = numbers["averaged"]
+        for name in COUNTED:
+            setattr(self, name, numbers[name])
+        self.quality = -math.inf if numbers["quality"] is None else numbers["quality"]
+        self.before, self.history = numbers["seconds"], History.from_dict(numbers["history"])
+
+    def written(self) -> Any:
+        """Return the model as it would be written now: the best, the averaged or the present one."""
+        values = self.kept if self.judge is not None and self.kept is not None else None
+        values = values or (self.average.values if self.average is not None else self.tensors)
+        with shown(self.tensors, values):
+            return self.bridge.write_back(self.bridge.model.copy())
+
+
+COUNTED = ("step", "epoch", "place", "waiting", "sums", "summed")
+"""Numbers of a loop that a checkpoint holds."""
+
+
+class _Keeper:
+    """Writes checkpoints when they are due: never more than a fiftieth of the time."""
+
+    def __init__(self, folder: Path, seconds: float, group: Team) -> None:
+        self.folder, self.seconds, self.group = folder, seconds, group
+        self.pause, self.last = seconds, time.monotonic()
+
+    def check(self, *, resume: bool) -> None:
+        """Refuse a folder that is not ours."""
+        if self.group.leads:
+            checkpoints.check_folder(self.folder, resume=resume)
+        self.group.wait()
+
+    def load(self, belongs: dict[str, Any]) -> checkpoints.State | None:
+        """Return what there is to go on from."""
+        return checkpoints.load(self.folder, belongs)
+
+    def due(self, step: int) -> bool:
+        """Tell whether it is time."""
+        return time.monotonic() - self.last >= self.pause
+
+    def save(self, loop: Loop, belongs: dict[str, Any], *, finished: bool) -> None:
+        """Write one."""
+        if not self.group.leads:
+            return
+        began = time.monotonic()
+        checkpoints.save(self.folder, loop.written(), loop.state(belongs, finished=finished))
+        self.last = time.monotonic()
+        self.pause = max(self.seconds, 50 * (self.last - began)) if self.seconds else 0.0
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: `45 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -1,0 +1,56 @@
+"""How many updates there are, of which batches, and after which of them something is due."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from graphopt.bridge.parts import Data
+from graphopt.training import TrainSettings
+
+ROWS = 200
+"""Rows of a history, about, beside those of evaluations."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Updates and batches of a training.
+
+    Attributes:
+        batch: rows of a forward pass.
+        accumulate: batches of an update, in each process.
+        per_epoch: updates of an epoch.
+        total: updates in all.
+        evaluations: how often an epoch the model is judged.
+        world: processes.
+    """
+
+    batch: int
+    accumulate: int
+    per_epoch: int
+    total: int
+    evaluations: float
+    world: int = 1
+
+    @staticmethod
+    def of(settings: TrainSettings, data: Data, *, fixed: int | None = None, world: int = 1) -> Plan:
+        """Return the plan for some data; `fixed` is the batch that the graph prescribes."""
+        batch = fixed or settings.batch
+        accumulate = max(1, round(settings.batch * settings.accumulate / batch))
+        per_epoch = max(1, math.ceil(data.batches(batch, world) / accumulate))
+        total = settings.steps or max(1, round(settings.epochs * per_epoch))
+        return Plan(batch, accumulate, per_epoch, total, settings.evaluations, world)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a whole update."""
+        return self.batch * self.accumulate * self.world
+
+    def evaluated(self, step: int) -> bool:
+        """Tell whether the model is judged after so many updates."""
+        interval = self.per_epoch / self.evaluations if self.evaluations else math.inf
+        return step >= self.total or int(step / interval) > int((step - 1) / interval)
+
+    def logged(self, step: int) -> bool:
+        """Tell whether the history has a row after so many updates."""
+        return step % max(1, self.total // ROWS) == 0

@@ -1,0 +1,133 @@
+"""One update of the weights: gradients of some batches, of all processes, penalties, clipping, the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from graphopt.bridge.averaging import copied
+from graphopt.bridge.optimizers import DECAYED, Optimizer
+from graphopt.bridge.parallel import Team
+from graphopt.bridge.parts import Loss, Trainable
+from graphopt.bridge.penalties import Penalties
+from graphopt.bridge.plan import Plan
+from graphopt.bridge.schedules import Schedule
+from graphopt.errors import ModelError
+from graphopt.training import TrainSettings
+
+
+class Update:
+    """Makes updates.
+
+    Attributes:
+        tensors: all that updates change: parameters, the objective's own, statistics that are trained.
+        initial: what they were.
+    """
+
+    def __init__(
+        self, bridge: Trainable, objective: Loss, settings: TrainSettings, plan: Plan, seed: int, group: Team
+    ) -> None:
+        self.module, self.objective, self.settings = bridge.module, objective, settings
+        self.plan, self.seed, self.group = plan, seed, group
+        self.parameters = {**bridge.parameters, **_own(objective)}
+        self.tensors = {**self.parameters, **(_statistics(bridge.module) if settings.batch_norm == "train" else {})}
+        self.initial = copied(self.tensors)
+        weights = {name: p for name, p in bridge.parameters.items() if str(bridge.roles.get(name)) in DECAYED}
+        axes = {name: bridge.channel_axis(name) for name in weights} if settings.group_lasso else {}
+        self.penalties = Penalties(weights, axes, settings)
+        self.optimizer = Optimizer(self.parameters, frozenset(weights), settings)
+        self.schedule = Schedule(settings, plan.total, plan.per_epoch)
+        self.device = next(iter(self.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast == "float16")
+        self._held = list(self.parameters.values())
+
+    def gradients(self, group: Sequence[Any], step: int) -> dict[str, float]:
+        """Compute the gradients of an update; return the terms of the loss, means over rows.
+
+        Raises:
+            ModelError: no trained tensor has a part in the loss.
+        """
+        self.optimizer.torch.zero_grad(set_to_none=True)
+        rows = 0
+        sums: dict[str, float] = {}
+        for place, batch in enumerate(group):
+            torch.manual_seed(self._seed_of(step, place))
+            terms = self._terms(batch)
+            count = len(batch.index)
+            loss = terms["loss"]
+            if not loss.requires_grad:
+                raise ModelError("the loss depends on no tensor that is trained", hint="see only and freeze")
+            self.scaler.scale(loss * (count / self.plan.rows)).backward()
+            rows += count
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) * count
+        rows = self._over_all(rows, sums)
+        if rows != self.plan.rows:
+            for parameter in self._with_gradients():
+                parameter.grad.mul_(self.plan.rows / rows)
+        return {name: value / rows for name, value in sums.items()}
+
+    def apply(self, step: int) -> tuple[float, dict[str, float]]:
+        """Change the weights by their gradients; return the rate, and the terms of the loss that penalties are."""
+        rate = self.schedule.rate(step)
+        self.optimizer.set_rate(rate)
+        self.scaler.unscale_(self.optimizer.torch) if self.scaler.is_enabled() else None
+        penalties = self.penalties.add()
+        if self.settings.clip:
+            torch.nn.utils.clip_grad_norm_(self._held, self.settings.clip, foreach=True)
+        self.scaler.step(self.optimizer.torch)
+        self.scaler.update()
+        return rate, penalties
+
+    def _terms(self, batch: Any) -> Mapping[str, Any]:
+        outputs = self._outputs(batch.feeds)
+        return self.objective(outputs, batch)
+
+    def _outputs(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        kind = self.settings.autocast
+        cast = torch.autocast(self.device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
+        with cast:
+            outputs = self.module(feeds)
+        if not kind:
+            return outputs  # type: ignore[no-any-return]
+        return {name: out.float() if out.is_floating_point() else out for name, out in outputs.items()}
+
+    def _with_gradients(self) -> list[Any]:
+        return [parameter for parameter in self._held if parameter.grad is not None]
+
+    def _over_all(self, rows: int, sums: dict[str, float]) -> int:
+        """Add up rows, terms and gradients over all processes; a gradient that none of them has stays none."""
+        if self.group.world == 1:
+            return rows
+        has = torch.tensor([float(p.grad is not None) for p in self._held])
+        numbers = torch.tensor([float(rows), *sums.values()])
+        for parameter in self._held:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.group.add_up([has, numbers, *(parameter.grad for parameter in self._held)])
+        for parameter, count in zip(self._held, has.tolist(), strict=True):
+            if not count:
+                parameter.grad = None
+        total, *values = numbers.tolist()
+        sums.update(zip(sums, values, strict=True))
+        return int(total)
+
+    def _seed_of(self, step: int, place: int) -> int:
+        """Return the seed of what is random in a forward pass (dropout)."""
+        sequence = np.random.SeedSequence([self.seed, step, place, self.group.rank])
+        return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def _own(objective: Any) -> dict[str, Any]:
+    """Return the parameters that an objective has itself (projections of taps)."""
+    named = getattr(objective, "named_parameters", None)
+    return {f"objective.{name}": parameter for name, parameter in named()} if callable(named) else {}
+
+
+def _statistics(module: Any) -> dict[str, Any]:
+    """Return the running statistics of a module, by the names of its buffers."""
+    return {f"buffer.{name}": buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}

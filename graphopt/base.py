@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from graphopt.model import Model
     from graphopt.moments import Fit, Split
     from graphopt.samples import Samples
+    from graphopt.training import TrainSettings
 
 Exactness = Literal["exact", "lossy"]
-Loss = Literal["structure", "numbers"]
+Loss = Literal["structure", "numbers", "training"]
 Measure = Callable[[Mapping[str, np.ndarray[Any, Any]]], float]
 Runner = Callable[[Mapping[str, Any]], dict[str, Any]]
 Evaluate = Callable[[onnx.ModelProto, Mapping[str, Any], Sequence[str] | None], dict[str, Any]]
@@ -98,6 +99,29 @@ class Observes(Protocol):
         """Yield moments of layers' inputs against tensors of the reference, in order."""
 
 
+class Trains(Protocol):
+    """Trains the model as it is (implemented in `training_steps.py`, by `graphopt.bridge`)."""
+
+    def check(self, data: str, *, labels: bool) -> None:
+        """Refuse to train where torch or the data are missing."""
+
+    def refusal(self, settings: TrainSettings) -> str:
+        """Return why the model cannot be trained, '' where it can."""
+
+    def train(self, settings: TrainSettings, data: str = "", teacher: str = "") -> tuple[Model, str]:
+        """Return a trained copy of the model, and how that went in words."""
+
+    def gradients(
+        self, settings: TrainSettings, data: str, *, moment: str = "first"
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        self, settings: TrainSettings, data: str, *, moment: str = "first"
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Return gradients of the loss by initializer name."""
+
+    def stage(self, number: int) -> Model | None:
+        """Return the model before the first training (0), or after so many; None where there is none."""
+
+
 @dataclass
 class Context:
     """What a pass may use besides its graph.
@@ -109,9 +133,11 @@ class Context:
         seed: for every random choice.
         samples: representative feeds, when the user gave some.
         original_bytes: size of the file that the original model makes.
-        gradients: of the task's loss, by initializer name of the original model; None without.
+        gradients: of the task's loss, by initializer name; of the original model, or what a pass has put here since;
+            None without.
         notes: sentences for the report that are not about one change.
         observer: measures what flows through the model.
+        trainer: trains the model.
         reference: returns the model before the first lossy pass of this pass's kind (`Pass.loses`), its tensors under
             the same names.
     """
@@ -125,6 +151,7 @@ class Context:
     gradients: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     observer: Observes | None = None
+    trainer: Trains | None = None
     reference: Callable[[], Model] | None = None
     _shapes: Shapes | None = None
     _names: set[str] | None = None
@@ -245,6 +272,17 @@ class Context:
         first, second = (replace(self, samples=observer.samples, observer=observer) for observer in found)
         return first, second
 
+    @property
+    def training(self) -> Trains:
+        """What trains the model.
+
+        Raises:
+            DataError: nothing does here.
+        """
+        if self.trainer is None:
+            raise DataError("nothing trains the model here", hint="run the pass in a pipeline")
+        return self.trainer
+
     def _observing(self) -> Observes:
         if self.observer is None:
             raise DataError("values are measured on samples, and there are none", hint="give --data")
@@ -300,8 +338,9 @@ class Pass:
     Class attributes:
         name: what users type.
         exactness: `exact` passes are judged by error, `lossy` ones by gates.
-        loses: what a lossy pass gives up: `structure` (channels, ranks, blocks), or only `numbers` (codes).  Each kind
-            has its own `reference`, for codes are judged beside the pruned model, not beside the one before.
+        loses: what a lossy pass gives up: `structure` (channels, ranks, blocks), or only `numbers` (codes), or what
+            training had found before (`training`).  Each kind has its own `reference`, for codes are judged beside the
+            pruned model, not beside the one before.
         scope: `graph` runs on each graph (subgraphs and function bodies too, inner ones last), `model` once.
         stage: `canonical`, or `lowering` for what depends on the target.
         changes_signature: whether it may change input and output names or types (its docstring says how).

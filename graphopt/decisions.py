@@ -68,7 +68,7 @@ class Selection:
 
     def _steps(self, steps: Iterable[spec.Step]) -> Iterator[spec.Step]:
         for step in steps:
-            if isinstance(step, spec.RepeatStep):
+            if not isinstance(step, spec.PassStep):
                 inner = tuple(self._steps(step.steps))
                 if inner:
                     yield replace(step, steps=inner)

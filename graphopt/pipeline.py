@@ -12,7 +12,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -33,6 +33,7 @@ from graphopt.runtime import evaluate
 from graphopt.samples import Samples
 from graphopt.structure import Structure
 from graphopt.tensors import mappings, release
+from graphopt.training_steps import StepTrainer
 from graphopt.validate import Reference, Validation
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class Pipeline:
 def _as_steps(thing: str | spec.Step | Pass) -> tuple[spec.Step, ...]:
     if isinstance(thing, str):
         return spec.parse(thing)
-    if isinstance(thing, spec.PassStep | spec.RepeatStep):
+    if isinstance(thing, spec.PassStep | spec.RepeatStep | spec.GradualStep):
         return (thing,)
     if not isinstance(thing, Pass):
         raise SpecError(f"a step is a text, a pass or a step of graphopt.spec, not {thing!r}")
@@ -231,6 +232,7 @@ class Run:
     ) -> None:
         self.pipeline = pipeline
         self.settings = settings
+        self._gradients = settings.gradients
         self._original = None if own else model
         self._first = model.snapshot()
         self.model, self.snapshot = in_order(model if own else from_snapshot(self._first), self._first)
@@ -242,6 +244,7 @@ class Run:
         self._mapped = mappings(model.weights()) if model.weight_bytes() > RELEASE_ABOVE else []
         self._pending = self.snapshot
         self._before_loss: dict[Loss, Snapshot] = {}
+        self._stages: list[Snapshot] = []
         self._shapes: Shapes | None = None
         self._done: dict[str, Snapshot] = {}
         self.exactness: Exactness = "exact"
@@ -297,6 +300,10 @@ class Run:
             if isinstance(step, spec.PassStep):
                 changed |= self._once(step)
                 continue
+            if isinstance(step, spec.GradualStep):
+                for each in step.unrolled():
+                    changed |= self._steps(each)
+                continue
             for _ in range(step.times):
                 if not self._steps(step.steps):
                     break
@@ -345,6 +352,7 @@ class Run:
         context = context_of(self.model, self.samples, self.settings, self._bytes)
         before = self._before_loss.get(step.loses, self.snapshot)
         context.reference = lambda: from_snapshot(before)
+        context.trainer = StepTrainer(self.model, lambda: self.original, self.samples, self.settings.seed, self._stages)
         context._shapes, self._shapes = self._shapes, None
         graphs = list(self.model.graphs()) if step.scope == "graph" else [self.model.graph]
         self._new_sites.clear()
@@ -352,6 +360,9 @@ class Run:
             for change in step.run(graph, context):
                 self._change(change, record, step)
         record.notes += context.notes
+        if context.gradients is not self.settings.gradients:
+            self.settings = replace(self.settings, gradients=context.gradients)
+            self._done.clear()
         if record.changes == 0:
             self._shapes = context._shapes
             return False
@@ -396,6 +407,8 @@ class Run:
         self.exactness = exactness
         if step.exactness == "lossy":
             self._before_loss.setdefault(step.loses, self.snapshot)
+        if step.loses == "training":
+            self._stages += [self._pending] if self._stages else [self.snapshot, self._pending]
         self.sites.update(dict.fromkeys(self._new_sites))
         _free_weights(self.snapshot, self._pending)
         if self.snapshot.only_lost_constants(self._pending):
@@ -436,12 +449,13 @@ class Run:
         self.model, self.snapshot = in_order(from_snapshot(self._first), self._first)
         self._done.clear()
         self._before_loss.clear()
+        self._stages.clear()
         self._shapes = None
         self.size = size_of(self.model)
         self.exactness, self.stopped = "exact", False
         self.report.passes.clear()
         self.sites.clear()
-        self.settings = Settings(**{**vars(self.settings), "verify": "each"})
+        self.settings = replace(self.settings, verify="each", gradients=self._gradients)
         self._steps(self.pipeline.steps)
         self.model.settled = None
         self._conclude(self.reference.check(self.model, exactness=self.exactness))

@@ -11,7 +11,7 @@ out as a whole is tried by halves of its sites.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,17 +68,8 @@ class Family:
 
 def optional_passes(pipeline: Pipeline) -> list[type[Pass]]:
     """Return the optional passes of a pipeline, each once, in order."""
-    names = dict.fromkeys(step.name for step in pass_steps(pipeline.steps))
+    names = dict.fromkeys(step.name for step in spec.pass_steps(pipeline.steps))
     return [found for name in names if (found := registry.get(name)).optional]
-
-
-def pass_steps(steps: Iterable[spec.Step]) -> Iterator[spec.PassStep]:
-    """Yield the passes among steps, those inside `repeat` too."""
-    for step in steps:
-        if isinstance(step, spec.RepeatStep):
-            yield from pass_steps(step.steps)
-        else:
-            yield step
 
 
 def static_selection(pipeline: Pipeline) -> Selection:
@@ -133,7 +124,7 @@ class Search:
 
     def _variants(self, each: type[Pass]) -> list[Mapping[str, Any]]:
         """Return the variants that set no option which the pipeline itself sets."""
-        given = {key for step in pass_steps(self.pipeline.steps) if step.name == each.name for key in step.options}
+        given = {key for step in spec.pass_steps(self.pipeline.steps) if step.name == each.name for key in step.options}
         return [variant for variant in each.variants if not given & set(variant)]
 
     def _family(self, each: type[Pass]) -> None:

@@ -1,11 +1,13 @@
 """Pipelines as text and as TOML, and back.
 
 Text: steps separated by commas; options are a TOML inline table, bare words allowed for strings; `repeat` runs
-its steps until nothing changes, at most `times` times:
+its steps until nothing changes, at most `times` times; `gradual` runs them `times` times, and goes from one number to
+another with the options that say so:
 
     fold-constants{max_growth=0.05}, repeat{times=4}(eliminate-identity, eliminate-dead)
+    gradual{times=8}(sparsify-weights{amount={from=0.0, to=0.9}}, distill{steps=100})
 
-TOML: one `[[step]]` table a step, named by its kind (`pass`, `repeat`), options beside it:
+TOML: one `[[step]]` table a step, named by its kind (`pass`, `repeat`, `gradual`), options beside it:
 
     [[step]]
     pass = "fold-constants"
@@ -15,24 +17,41 @@ TOML: one `[[step]]` table a step, named by its kind (`pass`, `repeat`), options
     repeat = 4
     [[step.step]]
     pass = "eliminate-identity"
+
+    [[step]]
+    gradual = 8
+    [[step.step]]
+    pass = "sparsify-weights"
+    amount = {from = 0.0, to = 0.9}
+    [[step.step]]
+    pass = "distill"
+    steps = 100
 """
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import tomli_w
 
 from graphopt.errors import SpecError, did_you_mean
 
-KINDS = ("pass", "repeat")
-"""Kinds of step; later ones (search, train) become further keys of a `[[step]]` table."""
+KINDS = ("pass", "repeat", "gradual")
+"""Kinds of step: each is a key of a `[[step]]` table."""
 
 DEFAULT_TIMES = 8
+
+CUBIC = 3.0
+"""Power of the way that `gradual` goes unless told: fast at first, slow at the end (Zhu, Gupta: To prune, or not to
+prune, 2017)."""
+
+FROM_TO = frozenset({"from", "to"})
+"""Keys of an option that goes from one number to another."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +70,55 @@ class RepeatStep:
     times: int = DEFAULT_TIMES
 
 
-Step: TypeAlias = PassStep | RepeatStep
+@dataclass(frozen=True)
+class GradualStep:
+    """Steps run `times` times; options of the form `{from=A, to=B}` go from A to B.
+
+    The i-th time, such an option is B + (A - B) · (1 - i / times)^power: the last time it is B.
+    """
+
+    steps: tuple[Step, ...]
+    times: int = DEFAULT_TIMES
+    power: float = CUBIC
+
+    def unrolled(self) -> Iterator[tuple[Step, ...]]:
+        """Yield the steps of each time, numbers in place of what goes from one to another."""
+        for number in range(1, self.times + 1):
+            left = (1.0 - number / self.times) ** self.power
+            yield tuple(_at(step, left) for step in self.steps)
+
+
+Step: TypeAlias = PassStep | RepeatStep | GradualStep
 
 
 def pass_steps(steps: Iterable[Step]) -> Iterator[PassStep]:
-    """Return the passes among steps, those in `repeat` too."""
+    """Return the passes among steps, those in `repeat` too, and those in `gradual` as often as it runs them."""
     for step in steps:
         if isinstance(step, PassStep):
             yield step
-        else:
+        elif isinstance(step, RepeatStep):
             yield from pass_steps(step.steps)
+        else:
+            for steps_then in step.unrolled():
+                yield from pass_steps(steps_then)
+
+
+def _at(step: Step, left: float) -> Step:
+    """Return a step of `gradual` where so much of the way is left; one of an inner `gradual` goes its own way."""
+    if isinstance(step, RepeatStep):
+        return replace(step, steps=tuple(_at(inner, left) for inner in step.steps))
+    if isinstance(step, GradualStep):
+        return step
+    return PassStep(step.name, {k: _between(v, left) if _goes(v) else v for k, v in step.options.items()})
+
+
+def _goes(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == FROM_TO
+
+
+def _between(way: Mapping[str, Any], left: float) -> float:
+    start, end = float(way["from"]), float(way["to"])
+    return end if left == 0.0 else float(f"{end + (start - end) * left:.6g}")
 
 
 def parse(text: str) -> tuple[Step, ...]:
@@ -117,14 +175,14 @@ class _Parser:
             raise self.error("expected the name of a pass")
         self.position += match.end()
         options = self.options()
-        if match[0] != "repeat":
+        if match[0] not in _BLOCKS:
             return PassStep(match[0], options)
         if not self.take("("):
-            raise self.error("'repeat' needs its steps in parentheses")
+            raise self.error(f"'{match[0]}' needs its steps in parentheses")
         steps = self.steps()
         if not self.take(")"):
             raise self.error("expected ')'")
-        return _repeat(steps, options.pop("times", DEFAULT_TIMES), options)
+        return _block(match[0], steps, options.pop("times", DEFAULT_TIMES), options)
 
     def options(self) -> dict[str, Any]:
         if not self.rest().startswith("{"):
@@ -174,14 +232,54 @@ def _quote_bare(text: str) -> str:
     return _BARE.sub(quoted, text)
 
 
-def _repeat(steps: Sequence[Step], times: Any, others: Mapping[str, Any]) -> RepeatStep:
-    if others:
-        raise SpecError(f"'repeat' has no option '{next(iter(others))}'", hint="its only option is times")
+def _block(kind: str, steps: Sequence[Step], times: Any, others: dict[str, Any]) -> Step:
+    """Return a step that holds others."""
+    known = _BLOCKS[kind]
+    for name in others:
+        if name not in known:
+            hint = "its only option is times" if not known else f"its options: times, {', '.join(known)}"
+            raise SpecError(f"'{kind}' has no option '{name}'", hint=hint)
     if not isinstance(times, int) or isinstance(times, bool) or times < 1:
-        raise SpecError(f"'repeat' needs a whole number of times, not {times!r}")
+        raise SpecError(f"'{kind}' needs a whole number of times, not {times!r}")
     if not steps:
-        raise SpecError("'repeat' has no steps", hint="repeat{times=4}(eliminate-identity, eliminate-dead)")
-    return RepeatStep(tuple(steps), times)
+        raise SpecError(f"'{kind}' has no steps", hint=_EXAMPLES[kind])
+    if kind == "repeat":
+        return RepeatStep(tuple(steps), times)
+    return _gradual(tuple(steps), times, others.get("power", CUBIC))
+
+
+_BLOCKS: Mapping[str, tuple[str, ...]] = {"repeat": (), "gradual": ("power",)}
+"""Kinds of step that hold steps, with their options besides `times`."""
+
+_EXAMPLES: Mapping[str, str] = {
+    "repeat": "repeat{times=4}(eliminate-identity, eliminate-dead)",
+    "gradual": "gradual{times=8}(sparsify-weights{amount={from=0.0, to=0.9}}, distill{steps=100})",
+}
+
+
+def _gradual(steps: tuple[Step, ...], times: int, power: Any) -> GradualStep:
+    if not _is_number(power) or power <= 0:
+        raise SpecError(f"the power of 'gradual' is a number above 0, not {power!r}", hint="3 is cubic, 1 is linear")
+    ways = list(_ways(steps))
+    for name, way in ways:
+        if not _is_number(way["from"]) or not _is_number(way["to"]):
+            raise SpecError(f"'gradual' goes from number to number, not {_value_text(way)}", at=f"option '{name}'")
+    if not ways:
+        raise SpecError("no option in 'gradual' goes from one number to another", hint=_EXAMPLES["gradual"])
+    return GradualStep(steps, times, float(power))
+
+
+def _ways(steps: Iterable[Step]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the options of steps that go from one number to another, by name."""
+    for step in steps:
+        if isinstance(step, PassStep):
+            yield from ((name, value) for name, value in step.options.items() if _goes(value))
+        elif isinstance(step, RepeatStep):
+            yield from _ways(step.steps)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def to_text(steps: Iterable[Step]) -> str:
@@ -190,12 +288,17 @@ def to_text(steps: Iterable[Step]) -> str:
 
 
 def _step_text(step: Step) -> str:
+    if isinstance(step, PassStep):
+        return step.name + _options_text(step.options)
+    options: dict[str, Any] = {} if step.times == DEFAULT_TIMES else {"times": step.times}
     if isinstance(step, RepeatStep):
-        times = "" if step.times == DEFAULT_TIMES else f"{{times={step.times}}}"
-        return f"repeat{times}({to_text(step.steps)})"
-    if not step.options:
-        return step.name
-    return step.name + "{" + ", ".join(f"{k}={_value_text(v)}" for k, v in step.options.items()) + "}"
+        return f"repeat{_options_text(options)}({to_text(step.steps)})"
+    options |= {} if step.power == CUBIC else {"power": step.power}
+    return f"gradual{_options_text(options)}({to_text(step.steps)})"
+
+
+def _options_text(options: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{k}={_value_text(v)}" for k, v in options.items()) + "}" if options else ""
 
 
 def _value_text(value: Any) -> str:
@@ -236,8 +339,8 @@ def _table_steps(tables: Any) -> Iterator[Step]:
                 f"step {number} must have one of: {', '.join(KINDS)}", at=", ".join(table) or "an empty step"
             )
         rest = {k: v for k, v in table.items() if k not in (*kinds, "step")}
-        if kinds[0] == "repeat":
-            yield _repeat(tuple(_table_steps(table.get("step", []))), table["repeat"], rest)
+        if kinds[0] in _BLOCKS:
+            yield _block(kinds[0], tuple(_table_steps(table.get("step", []))), table[kinds[0]], rest)
         elif not isinstance(table["pass"], str):
             raise SpecError(f"step {number}: 'pass' is a name, not {table['pass']!r}")
         else:
@@ -250,6 +353,9 @@ def to_toml(steps: Iterable[Step]) -> str:
 
 
 def _step_table(step: Step) -> dict[str, Any]:
+    if isinstance(step, PassStep):
+        return {"pass": step.name, **step.options}
+    inner = [_step_table(s) for s in step.steps]
     if isinstance(step, RepeatStep):
-        return {"repeat": step.times, "step": [_step_table(s) for s in step.steps]}
-    return {"pass": step.name, **step.options}
+        return {"repeat": step.times, "step": inner}
+    return {"gradual": step.times, **({} if step.power == CUBIC else {"power": step.power}), "step": inner}

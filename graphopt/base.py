@@ -114,8 +114,6 @@ class Trains(Protocol):
     def gradients(
         self, settings: TrainSettings, data: str, *, moment: str = "first"
     ) -> dict[str, np.ndarray[Any, Any]]:
-        self, settings: TrainSettings, data: str, *, moment: str = "first"
-    ) -> dict[str, np.ndarray[Any, Any]]:
         """Return gradients of the loss by initializer name."""
 
     def stage(self, number: int) -> Model | None:

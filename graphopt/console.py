@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from graphopt.errors import GraphoptError, SpecError
 from graphopt.interrupt import INTERRUPTED, MESSAGE
@@ -54,6 +55,18 @@ def working(what: str, as_json: bool) -> Iterator[Callable[[str], None]]:
         return
     with err.status(what) as status:
         yield lambda step: status.update(f"{what}: {escape(step)}")
+
+
+@contextlib.contextmanager
+def training(what: str, as_json: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar on stderr while training, on a terminal only; yield what takes steps done, of how many, and words."""
+    if as_json or not err.is_terminal:
+        yield lambda _done, _total, _words: None
+        return
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[words]}")
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None, words="")
+        yield lambda done, total, words: bar.update(task, completed=done, total=total, words=words)
 
 
 def fail(error: GraphoptError) -> NoReturn:

@@ -5,19 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from graphopt.data import call_user
+from graphopt.data import call_user, load_function
 from graphopt.errors import DataError, SpecError
 
 Predict = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+Metric: TypeAlias = "str | Callable[..., Any]"
+"""`file.py:function`, or a function: gets predict, returns a number or scores; higher is better."""
 
 RESAMPLES = 2000
 
 NORMAL_95 = 1.96
 """Standard errors on either side of a mean that a 95 % interval takes."""
+
+
+def metric_of(given: Metric | None) -> tuple[Callable[..., Any] | None, str]:
+    """Return a metric as a function, and its name.
+
+    Raises:
+        DataError: there is no such file or function.
+    """
+    if given is None:
+        return None, ""
+    return (load_function(given), given) if isinstance(given, str) else (given, getattr(given, "__name__", "function"))
 
 
 @dataclass(frozen=True)

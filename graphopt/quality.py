@@ -18,9 +18,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from graphopt.compare import Array, leaves
-from graphopt.data import call_user, load_function
+from graphopt.data import call_user
 from graphopt.errors import DataError, ModelError, SpecError
-from graphopt.metric import Drop, Evaluation, evaluate_pair
+from graphopt.metric import Drop, Evaluation, Metric, evaluate_pair, metric_of
 from graphopt.model import Model
 from graphopt.output_quality import LARGEST_SCORE, Kind, Limits, OutputQuality, output_kind
 from graphopt.runtime import Session
@@ -28,7 +28,6 @@ from graphopt.samples import Feeds, Samples
 from graphopt.tensors import is_float
 
 Part: TypeAlias = Literal["calibration", "judging"]
-Metric: TypeAlias = "str | Callable[..., Any]"
 
 MAX_DROP = "1%"
 """Drop of a metric that is accepted where none is named: MLPerf Inference asks quantized models for 99 % of the float
@@ -127,7 +126,7 @@ class Bound:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict; a function stands there by its name."""
-        metric = self.metric if self.metric is None or isinstance(self.metric, str) else _name(self.metric)
+        metric = self.metric if self.metric is None or isinstance(self.metric, str) else metric_of(self.metric)[1]
         return {
             "min_sqnr": self.min_sqnr, "min_cosine": self.min_cosine, "min_agreement": self.min_agreement,
             "max_loss": self.max_loss, "metric": metric, "max_drop": self.max_drop,
@@ -215,7 +214,7 @@ class QualityCheck:
         self._session = Session(reference, threads=threads, provider=provider)
         self._kept = _Kept(self._run_reference)
         self._kinds: dict[str, Kind] = {}
-        self._metric, self._metric_name = _metric(self.bound.metric)
+        self._metric, self._metric_name = metric_of(self.bound.metric)
         self._scores: Any = None
 
     def prepare(self) -> None:
@@ -308,7 +307,8 @@ class QualityCheck:
         def remembered(predict: Callable[..., Any]) -> Any:
             return scores if predict is reference else function(predict)
 
-        drop = MAX_DROP if self.bound.max_drop is None else self.bound.max_drop
+        given = self.bound.max_drop
+        drop = MAX_DROP if given is None and self.bound.defaults else given
         return evaluate_pair(remembered, name, reference, session.run, max_drop=drop, seed=self.seed)
 
 
@@ -373,13 +373,3 @@ def split(samples: Samples, part: Part, *, seed: int = 0) -> Samples:
 
 def _flat(outputs: Mapping[str, Any]) -> dict[str, Array]:
     return {path: v for name, value in outputs.items() for path, v in leaves(name, value) if v is not None}
-
-
-def _metric(given: Metric | None) -> tuple[Callable[..., Any] | None, str]:
-    if given is None:
-        return None, ""
-    return (load_function(given), given) if isinstance(given, str) else (given, _name(given))
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return str(getattr(function, "__name__", "function"))

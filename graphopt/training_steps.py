@@ -18,7 +18,7 @@ from graphopt.samples import Samples
 from graphopt.training import DistillSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from graphopt.bridge.history import History
+    from graphopt.bridge.recover import Recovered
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -87,14 +87,15 @@ class StepTrainer:
         from graphopt.bridge import recover  # noqa: PLC0415  (torch, only when needed)
 
         given = data or self.samples
+        student = self._copy()
         if isinstance(settings, DistillSettings):
             source = load(Path(teacher)) if teacher else self.original()
-            found = recover.distill(self._copy(), source, given, settings, seed=self.seed)
+            found = recover.distill(student, source, given, settings, seed=self.seed)
         else:
-            found = recover.finetune(self._copy(), given, settings, seed=self.seed)
+            found = recover.finetune(student, given, settings, seed=self.seed)
         if found.history.failed:
             raise ModelError(f"training failed: {found.history.stopped}", hint="a lower rate, or clip = 1")
-        return found.model, in_words(found.history)
+        return found.model, in_words(found)
 
     def gradients(self, settings: TrainSettings, data: str, *, moment: str = "first") -> dict[str, Array]:
         """Return gradients of the loss by the weights of the model as it is, by initializer name.
@@ -119,9 +120,9 @@ class StepTrainer:
         return from_snapshot(self.model.snapshot())
 
 
-def in_words(history: History) -> str:
-    """Return how training went: updates, and the loss of its first and last row."""
-    losses = [row.terms["loss"] for row in history.rows if "loss" in row.terms]
-    course = f", loss {losses[0]:.4g} -> {losses[-1]:.4g}" if losses else ""
-    early = f"; {history.stopped}" if history.stopped else ""
-    return f"{history.steps} updates{course}{early}"
+def in_words(found: Recovered) -> str:
+    """Return how training went: updates, the loss on samples that did not train, and what the data have to say."""
+    before, after = found.losses
+    loss = "" if before is None or after is None else f", loss on held-out samples {before:.4g} -> {after:.4g}"
+    early = [found.history.stopped] if found.history.stopped else []
+    return "; ".join([f"{found.history.steps} updates{loss}", *early, *found.notes])

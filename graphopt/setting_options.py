@@ -33,8 +33,9 @@ def offers(**groups: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
         @functools.wraps(command)
         def run(**given: Any) -> None:
             for group, kind in groups.items():
-                values = {parameter.name: _plain(given.pop(parameter.name)) for parameter in made[group]}
-                given[group] = kind(**values)
+                values = {parameter.name: given.pop(parameter.name) for parameter in made[group]}
+                named = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
+                given[group] = kind(**named)
             command(**given)
 
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typer reads it
@@ -72,8 +73,3 @@ def _option(one: Field[Any], text: str) -> Any:
     if kind is tuple:
         return Annotated[list[str] | None, typer.Option(name, metavar="TEXT", help=f"{text}; may be repeated")]
     return Annotated[kind, typer.Option(name, metavar=_SHORT[kind], help=text, show_default=default != "")]
-
-
-def _plain(value: Any) -> Any:
-    """Return what a data class holds for what typer gives: tuples, empty where an option was not named."""
-    return tuple(value) if isinstance(value, list) else value

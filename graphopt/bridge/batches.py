@@ -1,0 +1,305 @@
+"""Samples -> batches of tensors: shuffled anew each epoch, as a pure function of seed and epoch.
+
+The order of an epoch is a permutation of all rows; rows of one shape make batches in that order, and the batches are
+permuted in turn. Several processes cut the same batches among themselves, so that together they see what one process
+with as many times the batch sees; each batch says by `share` how much its mean counts for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from graphopt.bridge.read_data import Unit, read_units
+from graphopt.bridge.row_store import BUDGET, Piece, RowStore, gather
+from graphopt.bridge.tensors import to_tensor
+from graphopt.errors import DataError
+from graphopt.model import Model
+from graphopt.training import TrainSettings
+
+Array: TypeAlias = np.ndarray[Any, Any]
+_PARTING = 0x5EED
+"""Keeps the draw of what is held out apart from those of the epochs."""
+
+Augment: TypeAlias = "Callable[[dict[str, Array], Array, int, int], dict[str, Array]]"
+"""Feeds, which samples they are, seed, epoch -> feeds."""
+
+
+@dataclass
+class Batch:
+    """What one step sees.
+
+    Attributes:
+        feeds: input name -> tensor.
+        labels: one tensor, one for each output that has labels, or None.
+        index: int64 (rows,), which samples these are.
+        targets: what a teacher said of them, by name.
+        share: what the mean over this batch counts for beside those of other processes at the same step: 1, but where
+            a last batch does not come out even.
+    """
+
+    feeds: dict[str, torch.Tensor]
+    labels: torch.Tensor | dict[str, torch.Tensor] | None
+    index: Array
+    targets: dict[str, torch.Tensor] = field(default_factory=dict)
+    share: float = 1.0
+
+
+class TrainingData:
+    """Samples that are read in batches, as often as asked.
+
+    Attributes:
+        rows: how many samples; where a model's inputs are not batched along axis 0, a sample is a whole feed.
+        batch: rows that the model takes at a time where that is fixed, else None.
+        labelled: whether there are labels.
+        description: in words, for reports.
+        notes: what was left out, and why.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], *, rowwise: bool, batch: int | None, description: str,
+        chosen: Array | None = None, augment: Augment | None = None, notes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self._units = list(units)
+        self._rowwise = rowwise
+        self._augment = augment
+        sizes = [unit.rows if rowwise else 1 for unit in self._units]
+        self._unit_of = np.repeat(np.arange(len(sizes)), sizes)
+        self._row_of = np.concatenate([np.arange(n) for n in sizes]) if sizes else np.empty(0, np.int64)
+        self._chosen = np.arange(len(self._unit_of)) if chosen is None else np.sort(chosen)
+        self.rows = len(self._chosen)
+        self.batch = batch if rowwise else 1
+        self.labelled = bool(self._units) and self._units[0].labels is not None
+        self.description = description
+        self.notes = list(notes)
+        self._buckets = self._by_shape()
+
+    def _by_shape(self) -> list[Array]:
+        if not self._rowwise:
+            return [self._chosen]  # each feed is read alone
+        signatures: dict[object, int] = {}
+        of_unit = np.array([signatures.setdefault(u.signature, len(signatures)) for u in self._units], np.int64)
+        of_row = of_unit[self._unit_of[self._chosen]]
+        order = np.argsort(of_row, kind="stable")
+        cuts = np.flatnonzero(np.diff(of_row[order])) + 1
+        return [self._chosen[part] for part in np.split(order, cuts)] if self.rows else []
+
+    def batches(self, batch: int, world: int = 1) -> int:
+        """Return how many batches an epoch has for each of `world` processes."""
+        return sum(self._count(len(bucket), self.batch or batch, world) for bucket in self._buckets)
+
+    def _count(self, rows: int, batch: int, world: int) -> int:
+        if self.batch is None:
+            return -(-rows // (batch * world))
+        return -(-(rows // batch) // world)
+
+    def epoch(
+        self, epoch: int, *, seed: int, batch: int, rank: int = 0, world: int = 1, start: int = 0
+    ) -> Iterator[Batch]:
+        """Yield the batches of one epoch.
+
+        Args:
+            epoch: counts from 0.
+            seed: of the order, and of what augmentation draws.
+            batch: rows; a model's fixed batch goes before it.
+            rank: which of the processes this is.
+            world: how many there are.
+            start: batches that are left out, since they were seen before a run was broken off.
+        """
+        for index, share in self._plan(epoch, seed, self.batch or batch, rank, world)[start:]:
+            yield self._read(index, share, seed, epoch)
+
+    def _plan(self, epoch: int, seed: int, batch: int, rank: int, world: int) -> list[tuple[Array, float]]:
+        """Return for each batch which rows it has, and its share."""
+        rng = np.random.default_rng([seed, epoch])
+        groups: list[Array] = []
+        for bucket in self._buckets:
+            order = rng.permutation(bucket)
+            usable = len(order) if self.batch is None else len(order) // batch * batch
+            groups += [order[i : min(i + batch * world, usable)] for i in range(0, usable, batch * world)]
+        return [self._part(groups[int(i)], batch, rank, world) for i in rng.permutation(len(groups))]
+
+    def _part(self, group: Array, batch: int, rank: int, world: int) -> tuple[Array, float]:
+        """Return one process's rows of a step; one that gets none repeats rows that count for nothing."""
+        if len(group) == batch * world:
+            return group[rank * batch : (rank + 1) * batch], 1.0
+        whole = [group] if self.batch is None else list(group.reshape(-1, batch))
+        parts = np.array_split(group, world) if self.batch is None else [*whole, *[group[:0]] * (world - len(whole))]
+        part = parts[rank]
+        if not len(part):
+            return group[: batch if self.batch else 1], 0.0
+        return part, len(part) * world / len(group)
+
+    def _read(self, index: Array, share: float, seed: int, epoch: int) -> Batch:
+        feeds, labels = self.arrays(index)
+        if self._augment is not None:
+            feeds = self._augment(feeds, index, seed, epoch)
+        tensors = {name: to_tensor(array) for name, array in feeds.items()}
+        if isinstance(labels, Mapping):
+            return Batch(tensors, {n: to_tensor(a) for n, a in labels.items()}, index, share=share)
+        return Batch(tensors, None if labels is None else to_tensor(labels), index, share=share)
+
+    def arrays(self, index: Array) -> tuple[dict[str, Array], Array | dict[str, Array] | None]:
+        """Return feeds and labels of samples (int64 numbers below all that were read) as arrays, unaugmented."""
+        units, rows = self._unit_of[index], self._row_of[index]
+        first = self._units[int(units[0])]
+
+        def read(pick: Callable[[Unit], Piece]) -> Array:
+            if not self._rowwise:
+                return pick(first).all()
+            used, where = np.unique(units, return_inverse=True)
+            return gather([pick(self._units[int(u)]) for u in used], where, rows)
+
+        feeds = {name: read(lambda unit, name=name: unit.feeds[name]) for name in first.feeds}  # type: ignore[misc]
+        if first.labels is None:
+            return feeds, None
+        if isinstance(first.labels, dict):
+            labels = {n: read(lambda unit, n=n: unit.labels[n]) for n in first.labels}  # type: ignore[misc]
+            return feeds, labels
+        return feeds, read(lambda unit: unit.labels)  # type: ignore[arg-type, return-value]
+
+    def parted(
+        self, part: float, *, judges: bool = False, seed: int = 0
+    ) -> tuple[TrainingData, TrainingData | None, TrainingData | None]:
+        """Return samples to train on, to choose by, and to judge by: disjoint, the last two not augmented.
+
+        Args:
+            part: of all samples, for each of the last two; None of both where that is 0, or fewer than 4 are left.
+            judges: whether there is a third part.
+            seed: of the choice.
+        """
+        size = int(self.rows * part)
+        if self.batch is not None and self._rowwise:
+            size = size // self.batch * self.batch
+        others = 2 if judges else 1
+        if size < 1 or self.rows - others * size < 4:
+            return self, None, None
+        order = np.random.default_rng([seed, 0x9A27]).permutation(self._chosen)
+        chooses, rest = order[:size], order[size:]
+        judging = self._only(rest[:size], augmented=False) if judges else None
+        training = self._only(rest[size:] if judges else rest, augmented=True)
+        return training, self._only(chooses, augmented=False), judging
+
+    def subset(self, count: int, sampling: str = "random", seed: int = 0) -> TrainingData:
+        """Return so many of the samples, drawn at random, or as often of each label as that has among all.
+
+        Raises:
+            DataError: `stratified` without one whole number per sample as its label.
+        """
+        if count >= self.rows:
+            return self
+        rng = np.random.default_rng([seed, 0x5B5E])
+        if sampling == "random":
+            return self._only(rng.permutation(self._chosen)[:count], augmented=True)
+        kinds = self._kinds()
+        order = rng.permutation(self.rows)
+        order = order[np.argsort(kinds[order], kind="stable")]  # by label, at random within
+        _, starts, sizes = np.unique(kinds[order], return_index=True, return_counts=True)
+        rank = np.arange(self.rows) - np.repeat(starts, sizes)
+        place = (rank + rng.permutation(len(sizes))[np.repeat(np.arange(len(sizes)), sizes)] / len(sizes)) / np.repeat(
+            sizes, sizes
+        )  # spreads each label evenly over 0 to 1: the first of all by place have the same parts of each
+        return self._only(self._chosen[order[np.argsort(place, kind="stable")[:count]]], augmented=True)
+
+    def _kinds(self) -> Array:
+        """Return the class of each sample, int64 (rows,).
+
+        Raises:
+            DataError: there is no one class per sample.
+        """
+        size = 1024 if self._rowwise else 1
+        found: list[Array] = []
+        for bucket in self._buckets:
+            for start in range(0, len(bucket), size):
+                _, labels = self.arrays(bucket[start : start + size])
+                if isinstance(labels, dict) and len(labels) == 1:
+                    labels = next(iter(labels.values()))
+                found.append(_classes(labels, len(bucket[start : start + size])))
+        return np.concatenate(found)[np.argsort(np.concatenate(self._buckets))]
+
+    def _only(self, samples: Array, *, augmented: bool) -> TrainingData:
+        return TrainingData(
+            self._units, rowwise=self._rowwise, batch=self.batch, description=self.description, chosen=samples,
+            augment=self._augment if augmented else None, notes=self.notes,
+        )  # fmt: skip
+
+    @property
+    def samples(self) -> Array:
+        """Numbers of the samples, int64, in order."""
+        return self._chosen
+
+    def parted(
+        self, held_out: float, *, judges: bool = True, seed: int = 0
+    ) -> tuple[TrainingData, TrainingData | None, TrainingData | None]:
+        """Return what trains, what chooses among weights, and what judges the choice: disjoint, drawn at random.
+
+        Args:
+            held_out: part of the samples that does not train, halved among those who choose and judge.
+            judges: whether anything is kept for judging; without, all that is held out chooses.
+            seed: of the draw.
+
+        The last two are not augmented; they are None where a part has not even one batch.
+        """
+        least = self.batch or 1
+        held = int(round(held_out * self.rows)) // (2 if judges else 1) // least * least
+        if not held:
+            return self, None, None
+        order = np.random.default_rng([seed, _PARTING]).permutation(self._chosen)
+        parts = [order[held * (1 + judges) :], order[:held], order[held : 2 * held] if judges else order[:0]]
+        train, choose, judge = (self._of(np.sort(part), augmented=not i) for i, part in enumerate(parts))
+        return train, choose, judge if judges else None
+
+    def _of(self, chosen: Array, *, augmented: bool) -> TrainingData:
+        return TrainingData(
+            self._units, rowwise=self._rowwise, batch=self.batch if self._rowwise else None, chosen=chosen,
+            description=self.description, augment=self._augment if augmented else None, notes=self.notes,
+        )  # fmt: skip
+
+    def in_order(self, batch: int = 1) -> Iterator[dict[str, Array]]:
+        """Yield the feeds, `batch` rows at a time or the model's fixed batch, in order by shape, unaugmented."""
+        size = self.batch or batch
+        for bucket in self._buckets:
+            usable = len(bucket) if self.batch is None else len(bucket) // size * size
+            for start in range(0, usable, size):
+                yield self.arrays(bucket[start : min(start + size, usable)])[0]
+
+
+def _classes(labels: Array | dict[str, Array] | None, rows: int) -> Array:
+    hint = "stratified sampling takes one whole number per sample (or its one-hot row) as the label; or sampling=random"
+    if labels is None or isinstance(labels, dict):
+        raise DataError("the samples cannot be stratified: there is no one label per sample", hint=hint)
+    if labels.dtype.kind == "f" and labels.ndim == 2 and labels.shape[1] > 1:
+        labels = labels.argmax(axis=1)
+    if labels.dtype.kind not in "iu" or labels.size != rows:
+        raise DataError(f"the samples cannot be stratified by labels of shape {list(labels.shape)}", hint=hint)
+    return labels.reshape(-1).astype(np.int64)
+
+
+def load_training_data(
+    spec: Any, model: Model, settings: TrainSettings, *, seed: int = 0, labelled: bool, budget: int = BUDGET
+) -> TrainingData:
+    """Read samples for training, once; whatever they are, rows come out in any order, the same for the same seed.
+
+    Args:
+        spec: an `.npz` (arrays of the inputs; those that are no inputs are labels), a folder of them, ONNX test data,
+            file.py:function, or from Python an iterable, DataLoader or function; items are feeds or (feeds, labels).
+        model: what they are for.
+        settings: subset, sampling, augment and batch are used.
+        seed: of the subset.
+        labelled: whether labels are needed.
+        budget: bytes held in memory; the rest goes to a temporary file.
+
+    Raises:
+        DataError: unusable, empty, not finite, or without the labels that are needed.
+    """
+    read = read_units(spec, model, settings, RowStore(budget), labelled=labelled)
+    if not any(unit.rows for unit in read.units):
+        raise DataError("the training data are empty", at=read.description)
+    data = TrainingData(
+        read.units, rowwise=read.rowwise, batch=read.batch, description=read.description, notes=read.notes
+    )
+    return data.subset(settings.subset, settings.sampling, seed) if settings.subset else data

@@ -17,3 +17,7 @@ except ImportError as error:
         hint="pip install 'graphopt[train]' (a CPU build of torch will do)",
     ) from error
 del _torch
+
+from graphopt.bridge.graph import TrainableGraph  # noqa: E402  (after the check for torch)
+
+__all__ = ["TrainableGraph"]

@@ -25,15 +25,16 @@ LARGEST = 64
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 _KINDS: Mapping[Any, Any] = {
-    np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64, np.dtype(np.float16): torch.float16,
-    np.dtype(ml_dtypes.bfloat16): torch.bfloat16, np.dtype(np.bool_): torch.bool,
+    np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64, np.dtype(np.float16): torch.float32,
+    np.dtype(ml_dtypes.bfloat16): torch.float32, np.dtype(np.bool_): torch.bool,
     np.dtype(np.int8): torch.int8, np.dtype(np.int16): torch.int16, np.dtype(np.int32): torch.int32,
     np.dtype(np.int64): torch.int64, np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.int32,
     np.dtype(np.uint32): torch.int64, np.dtype(np.uint64): torch.int64,
     np.dtype(ml_dtypes.int4): torch.int8, np.dtype(ml_dtypes.uint4): torch.uint8,
     np.dtype(np.complex64): torch.complex64, np.dtype(np.complex128): torch.complex128,
 }  # fmt: skip
-"""NumPy's dtype -> the torch one that holds its values; unsigned and 4-bit integers go into a wider type."""
+"""NumPy's dtype -> the torch one that holds its values; half precision has float32 masters, unsigned and 4-bit integers
+go into a wider type."""
 
 
 def is_host(value: object) -> bool:
@@ -94,19 +95,15 @@ def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
         ModelError: torch has no such type.
     """
     kind = torch_kind(array.dtype)
-    if kind is torch.bfloat16:
-        return torch.from_numpy(array.astype(np.float32)).to(kind).reshape(array.shape)
-    if array.dtype.kind == "V" or array.dtype in (np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)):
-        array = array.astype(np.int64)
-    return torch.from_numpy(np.array(array, order="C", copy=True)).to(kind).reshape(array.shape)
+    plain = str(kind).removeprefix("torch.")  # the NumPy dtype of the same name
+    return torch.from_numpy(np.array(array, dtype=plain, order="C", copy=True).reshape(array.shape))
 
 
 def to_numpy(tensor: torch.Tensor, dtype: np.dtype[Any] | None = None) -> np.ndarray[Any, Any]:
     """Return a tensor's values as a new array, rounded to `dtype` where one is given (0-d stays 0-d)."""
     held = tensor.detach().cpu()
     values = held.float().numpy() if held.dtype is torch.bfloat16 else held.numpy()
-    out = np.array(values, dtype=dtype, order="C", copy=True)
-    return out.reshape(tuple(held.shape))
+    return np.array(values, dtype=dtype, order="C", copy=True).reshape(values.shape)
 
 
 def total(sizes: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ from graphopt.analysis.constants import array_of
 from graphopt.bridge.attributes import arguments, schema_of, where
 from graphopt.bridge.host import as_tensor, host_of, to_torch, torch_kind
 from graphopt.bridge.modules import BatchNormalization, Dropout, If, first, typed
-from graphopt.bridge.ops import find
+from graphopt.bridge.ops import OPS
 from graphopt.bridge.refusals import refusal
 from graphopt.bridge.table import Op
 from graphopt.edit import label
@@ -60,7 +60,7 @@ class Form:
 
     Attributes:
         function: module-level.
-        of: names on the root of its arguments.
+        of: names on the root of its arguments, which are taken in their own forms; its own name is the constant.
         keywords: further arguments, numbers and strings.
     """
 
@@ -89,6 +89,7 @@ class Builder:
         self.leaves = leaves
         self.root = root
         self.forms = forms or {}
+        self._made: dict[str, Any] = {}
         self.learn = learn
         self.statistics = frozenset(statistics)
         self.functions = {(f.domain, f.name): f for f in model.functions}
@@ -169,13 +170,19 @@ class Builder:
             return frame.values[id(tensor)]
         if frame.parent is not None:
             return self._capture(frame, id(tensor), self._leaf(frame.parent, tensor, host=False))
-        form = self.forms.get(name)
-        if form is None:
-            value = frame.fx.get_attr(name)
-        else:
-            value = frame.fx.call_function(form.function, tuple(map(frame.fx.get_attr, form.of)), dict(form.keywords))
-        frame.values[id(tensor)] = value
-        return value
+        frame.values[id(tensor)] = self._formed(frame, name)
+        return frame.values[id(tensor)]
+
+    def _formed(self, frame: Frame, name: str) -> Any:
+        """Return what is on the root under a name, in its form; forms may be of other forms."""
+        if name not in self._made:
+            form = self.forms.get(name)
+            if form is None:
+                self._made[name] = frame.fx.get_attr(name)
+            else:
+                of = tuple(frame.fx.get_attr(n) if n == name else self._formed(frame, n) for n in form.of)
+                self._made[name] = frame.fx.call_function(form.function, of, dict(form.keywords))
+        return self._made[name]
 
     def _constant(self, node: gs.Node, frame: Frame, given: Given) -> None:
         """Take note of a Constant; one whose value is an attribute of its function gets it here."""
@@ -224,10 +231,10 @@ class Builder:
         self._outputs(node, made, frame, several=several, on_host=on_host)
 
     def _op(self, node: gs.Node, domain: str, opset: int) -> Op:
-        found = find(domain, node.op, opset)
-        if found is not None:
-            return found
-        why, hint = refusal(node.op)
+        versions = [op for op in OPS.get((domain, node.op), ()) if op.since <= opset]
+        if versions:
+            return versions[-1]
+        why, hint = refusal(domain, node.op)
         raise ModelError(f"{node.op} cannot be trained: {why}", at=where(node), hint=hint)
 
     def _hosted(self, tensor: gs.Tensor, frame: Frame) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 from graphopt.bridge.builder import Builder, Form
 from graphopt.bridge.host import to_numpy, to_torch
 from graphopt.bridge.module import GraphModule
+from graphopt.bridge.quantized import find_quantized
 from graphopt.bridge.roles import FIXED, LEARNED, SCALAR, STATISTICS, Role, channel_axis, reached, role_of
 from graphopt.bridge.slots import Array, Slot, slots_of
 from graphopt.errors import DataError, ModelError, SpecError, did_you_mean
@@ -70,11 +71,15 @@ class TrainableGraph:
         live = reached(self.model)
         held = {key: role_of(slot, live) for key, slot in self._slots.items()}
         self.roles: dict[str, Role] = {key: role for key, role in held.items() if is_float(self._slots[key].dtype)}
+        self.quantized = find_quantized(self.model, self._slots, masks)
+        self.roles.update((key, coded.role) for key, coded in self.quantized.coded.items())
         _check_globs([*only, *freeze], self.roles)
         self._trained = {
             key for key, role in self.roles.items()
             if (role in LEARNED or (key in only and role in (SCALAR, FIXED))) and matches(key, only, freeze)
         }  # fmt: skip
+        of_codes = [*self.quantized.coded, *(self.quantized.leaders if learn_scales else ())]
+        self._trained |= {key for key in of_codes if matches(key, only, freeze)}
         self.masks = _masks(self.model, self._slots) if masks is None else _checked(masks, self._slots)
         self._names: dict[str, str] = {}
         self.module = self._build(taps)
@@ -89,6 +94,7 @@ class TrainableGraph:
         forms: dict[str, Form] = {}
         for key, slot in self._slots.items():
             self._register(root, key, slot, forms)
+        forms.update(self.quantized.forms(root, self._names, self._trained))
         leaves = {id(slot.tensor): self._names[key] for key, slot in self._slots.items() if key in self._names}
         statistics = [id(slot.tensor) for key, slot in self._slots.items() if self.roles.get(key) == STATISTICS]
         builder = Builder(self.model, leaves, root, forms=forms, learn=self.learn_statistics, statistics=statistics)
@@ -100,7 +106,8 @@ class TrainableGraph:
     def _register(self, root: nn.Module, key: str, slot: Slot, forms: dict[str, Form]) -> None:
         """Put a constant on the root: as a parameter, or as a buffer."""
         name = self._names[key] = _mangled(key, root)
-        tensor = to_torch(slot.read())
+        start = self.quantized.start(key) if key in self._trained else None
+        tensor = to_torch(slot.read() if start is None else start)
         if key not in self._trained:
             root.register_buffer(name, tensor)
             return
@@ -117,7 +124,9 @@ class TrainableGraph:
 
     def values(self) -> dict[str, Array]:
         """Return what `write_back` writes: name -> array of the initializer's dtype and shape."""
-        found = {key: self._value(key, parameter) for key, parameter in self.parameters.items()}
+        by_codes = {*self.quantized.coded, *self.quantized.scales}
+        found = {key: self._value(key, held) for key, held in self.parameters.items() if key not in by_codes}
+        found.update(self.quantized.values(self.parameters))
         if self.learn_statistics:
             buffers = dict(self.module.net.named_buffers())
             for key, role in self.roles.items():

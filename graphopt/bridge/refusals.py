@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from graphopt.bridge.ops_quant import REFUSED as QUANTIZED
+from graphopt.bridge import ops
 
 _BODY = "its body runs as often as the data say, and gradients through that are not kept"
 _UNROLL = (
     "train a graph with its loop unrolled (export with a fixed number of steps; recurrent layers as LSTM, GRU or RNN); "
     "fold_constants in `graphopt optimize` drops loops whose data are constant"
 )
-_ANY = "train the model that this one was made from, before the conversion"
 
 REFUSED: Mapping[str, tuple[str, str]] = {
-    **QUANTIZED,
     "Loop": (_BODY, _UNROLL),
     "Scan": (_BODY, _UNROLL),
     **dict.fromkeys(
@@ -45,8 +43,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
-def refusal(op: str) -> tuple[str, str]:
+def refusal(domain: str, op: str) -> tuple[str, str]:
     """Return why an operator cannot be trained, and what helps."""
-    why = "the bridge has no gradient for it"
-    hint = "graphopt optimize --stage canonical may spell it differently; `docs/bridge.md` lists what is known"
-    return REFUSED.get(op, (why, hint))
+    return REFUSED.get(op) or ops.refusal(domain, op)

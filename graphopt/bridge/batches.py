@@ -22,9 +22,6 @@ from graphopt.model import Model
 from graphopt.training import TrainSettings
 
 Array: TypeAlias = np.ndarray[Any, Any]
-_PARTING = 0x5EED
-"""Keeps the draw of what is held out apart from those of the epochs."""
-
 Augment: TypeAlias = "Callable[[dict[str, Array], Array, int, int], dict[str, Array]]"
 """Feeds, which samples they are, seed, epoch -> feeds."""
 
@@ -200,9 +197,8 @@ class TrainingData:
         order = order[np.argsort(kinds[order], kind="stable")]  # by label, at random within
         _, starts, sizes = np.unique(kinds[order], return_index=True, return_counts=True)
         rank = np.arange(self.rows) - np.repeat(starts, sizes)
-        place = (rank + rng.permutation(len(sizes))[np.repeat(np.arange(len(sizes)), sizes)] / len(sizes)) / np.repeat(
-            sizes, sizes
-        )  # spreads each label evenly over 0 to 1: the first of all by place have the same parts of each
+        ahead = rng.permutation(len(sizes)) / len(sizes)  # which of two labels comes first where both are as due
+        place = (rank + np.repeat(ahead, sizes)) / np.repeat(sizes, sizes)  # each label spread evenly over 0 to 1
         return self._only(self._chosen[order[np.argsort(place, kind="stable")[:count]]], augmented=True)
 
     def _kinds(self) -> Array:
@@ -232,33 +228,6 @@ class TrainingData:
         """Numbers of the samples, int64, in order."""
         return self._chosen
 
-    def parted(
-        self, held_out: float, *, judges: bool = True, seed: int = 0
-    ) -> tuple[TrainingData, TrainingData | None, TrainingData | None]:
-        """Return what trains, what chooses among weights, and what judges the choice: disjoint, drawn at random.
-
-        Args:
-            held_out: part of the samples that does not train, halved among those who choose and judge.
-            judges: whether anything is kept for judging; without, all that is held out chooses.
-            seed: of the draw.
-
-        The last two are not augmented; they are None where a part has not even one batch.
-        """
-        least = self.batch or 1
-        held = int(round(held_out * self.rows)) // (2 if judges else 1) // least * least
-        if not held:
-            return self, None, None
-        order = np.random.default_rng([seed, _PARTING]).permutation(self._chosen)
-        parts = [order[held * (1 + judges) :], order[:held], order[held : 2 * held] if judges else order[:0]]
-        train, choose, judge = (self._of(np.sort(part), augmented=not i) for i, part in enumerate(parts))
-        return train, choose, judge if judges else None
-
-    def _of(self, chosen: Array, *, augmented: bool) -> TrainingData:
-        return TrainingData(
-            self._units, rowwise=self._rowwise, batch=self.batch if self._rowwise else None, chosen=chosen,
-            description=self.description, augment=self._augment if augmented else None, notes=self.notes,
-        )  # fmt: skip
-
     def in_order(self, batch: int = 1) -> Iterator[dict[str, Array]]:
         """Yield the feeds, `batch` rows at a time or the model's fixed batch, in order by shape, unaugmented."""
         size = self.batch or batch
@@ -269,14 +238,17 @@ class TrainingData:
 
 
 def _classes(labels: Array | dict[str, Array] | None, rows: int) -> Array:
-    hint = "stratified sampling takes one whole number per sample (or its one-hot row) as the label; or sampling=random"
     if labels is None or isinstance(labels, dict):
-        raise DataError("the samples cannot be stratified: there is no one label per sample", hint=hint)
+        raise DataError("the samples cannot be stratified: there is no one label per sample", hint=_STRATIFIED)
+    kinds = labels
     if labels.dtype.kind == "f" and labels.ndim == 2 and labels.shape[1] > 1:
-        labels = labels.argmax(axis=1)
-    if labels.dtype.kind not in "iu" or labels.size != rows:
-        raise DataError(f"the samples cannot be stratified by labels of shape {list(labels.shape)}", hint=hint)
-    return labels.reshape(-1).astype(np.int64)
+        kinds = labels.argmax(axis=1)
+    if kinds.dtype.kind not in "iu" or kinds.size != rows:
+        raise DataError(f"the samples cannot be stratified by labels of shape {list(labels.shape)}", hint=_STRATIFIED)
+    return kinds.reshape(-1).astype(np.int64)
+
+
+_STRATIFIED = "it takes one whole number per sample (or its one-hot row) as the label; or sampling=random"
 
 
 def load_training_data(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from graphopt.quality import Bound
     from graphopt.quantizer import quantize
     from graphopt.sparsifier import sparsify
+    from graphopt.trainer import distill, finetune
+    from graphopt.training import DistillSettings, TrainSettings
 
 __version__ = "0.1.0"
 del _interrupt
@@ -36,6 +38,7 @@ __all__ = [
     "Bound",
     "Change",
     "Context",
+    "DistillSettings",
     "GateMissedError",
     "GraphoptError",
     "InputError",
@@ -48,10 +51,13 @@ __all__ = [
     "RulePass",
     "Settings",
     "Target",
+    "TrainSettings",
     "bench",
     "bisect",
+    "distill",
     "explain",
     "factorize",
+    "finetune",
     "inspect",
     "load",
     "load_plugin",
@@ -66,7 +72,11 @@ __all__ = [
 
 _LATER = {
     "Bound": "graphopt.quality",
+    "DistillSettings": "graphopt.training",
+    "TrainSettings": "graphopt.training",
+    "distill": "graphopt.trainer",
     "factorize": "graphopt.factorizer",
+    "finetune": "graphopt.trainer",
     "prune": "graphopt.pruner",
     "quantize": "graphopt.quantizer",
     "sparsify": "graphopt.sparsifier",

@@ -16,9 +16,11 @@ from graphopt.arguments import thread_counts, unnamed_line, unnamed_passes
 from graphopt.base import Pass
 from graphopt.cli_explain import explain
 from graphopt.cli_factorize import factorize
+from graphopt.cli_gradients import gradients
 from graphopt.cli_prune import prune
 from graphopt.cli_quantize import quantize
 from graphopt.cli_sparsify import sparsify
+from graphopt.cli_train import distill, finetune
 from graphopt.console import emit, out, print_diff, working
 from graphopt.console import run as run_app
 from graphopt.errors import GraphoptError, SpecError
@@ -318,6 +320,9 @@ app.command()(quantize)
 app.command()(prune)
 app.command()(factorize)
 app.command()(sparsify)
+app.command()(distill)
+app.command()(finetune)
+app.command()(gradients)
 
 
 @app.command()

@@ -86,11 +86,47 @@ def dequantize_linear(
     return (shifted * spread_scale).to(torch_kind(output_dtype) if output_dtype else scale.dtype)
 
 
+def encode(
+    master: Tensor, scale: Tensor, zero: Tensor, low: Tensor, high: Tensor, mask: Tensor | None = None, *,
+    axis: int = 1, block_size: int = 0,
+) -> Tensor:  # fmt: skip
+    """Return the codes of a constant that is trained as floats, as whole numbers of float32.
+
+    Args:
+        master: the floats.
+        scale: as `quantize_linear` takes it.
+        zero: zero points, in the shape of `scale`.
+        low: smallest codes, in the shape of `scale`.
+        high: largest codes.
+        mask: 0 where a float is to be zero, else 1; None for no such place.
+        axis: of the scales.
+        block_size: elements along `axis` that share a scale; 0 for none.
+    """
+    if mask is not None:
+        master = master * mask
+    largest = 127 if high.numel() > 1 else int(high)
+    spread_scale = spread(_scaled(scale.float(), master, largest), master, axis, block_size)
+    zero, low, high = (spread(held, master, axis, block_size) for held in (zero, low, high))
+    codes: Tensor = Quantize.apply(master, spread_scale, zero, low, high)
+    return codes
+
+
+def learned_scale(logarithm: Tensor, stored: Tensor, *, half: bool = False) -> Tensor:
+    """Return a scale while it is trained; `half` rounds it as it will be stored."""
+    scale = stored * torch.exp(logarithm)
+    return scale + (scale.half().float() - scale).detach() if half else scale
+
+
+def tied_scale(of_input: Tensor, of_weight: Tensor, like: Tensor) -> Tensor:
+    """Return the scale of a bias, that of the products it is added to, in the shape of `like`; without gradient."""
+    return (of_input.detach().reshape(-1) * of_weight.detach().reshape(-1)).expand(like.numel()).reshape(like.shape)
+
+
 class Quantize(torch.autograd.Function):
     """Rounds to codes; gradients pass where nothing is cut off."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: Any, high: Any) -> Tensor:
         """Return codes; `scale` and `zero` broadcast to the shape of `x`."""
         steps = x / scale
         cut = steps.clamp(low - zero, high - zero)

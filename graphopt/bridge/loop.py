@@ -124,7 +124,7 @@ class Loop:
     ) -> None:  # fmt: skip
         self.bridge, self.data, self.settings, self.seed, self.group = bridge, data, settings, seed, group
         self.judge, self.progress = judge, progress
-        self.plan = Plan.of(settings, data, fixed=bridge.batch, world=group.world)
+        self.plan = Plan.of(settings, data, fixed=data.batch or bridge.batch, world=group.world)
         self.update = Update(bridge, objective, settings, self.plan, seed, group)
         self.tensors = self.update.tensors
         self.average = Average(self.tensors, settings.ema) if settings.ema else None
@@ -219,13 +219,14 @@ class Loop:
         self._row(judged if judged is not None and math.isfinite(judged) else None)
         patience = self.settings.patience
         if patience and self.waiting >= patience and self.step < self.plan.total:
-            self.history.stopped = f"no better quality in {patience} evaluations" + ("" if self.judge else " (loss)")
+            what = "loss" if self.judge is None else "quality"
+            self.history.stopped = f"no better {what} in {patience} evaluations"
 
     def _judged(self, judge: Judge, values: Tensors) -> float:
         if not self.group.leads:
             return self.group.told(0.0)
         with shown(self.tensors, values):
-            return self.group.told(float(judge(self.bridge.write_back(self.bridge.model.copy()))))
+            return self.group.told(float(judge(self.bridge.write_back())))
 
     def _row(self, judged: float | None) -> None:
         terms = {name: value / max(1, self.summed) for name, value in self.sums.items()}
@@ -303,7 +304,7 @@ class Loop:
         values = self.kept if self.judge is not None and self.kept is not None else None
         values = values or (self.average.values if self.average is not None else self.tensors)
         with shown(self.tensors, values):
-            return self.bridge.write_back(self.bridge.model.copy())
+            return self.bridge.write_back()
 
 
 COUNTED = ("step", "epoch", "place", "waiting", "sums", "summed")

@@ -15,9 +15,6 @@ import torch
 from graphopt.bridge.averaging import array
 from graphopt.training import TrainSettings
 
-DECAYED = ("weight", "codes")
-"""Roles whose tensors are decayed and made sparse by penalties."""
-
 
 def _sgd(groups: Any, settings: TrainSettings) -> Any:
     momentum, nesterov = settings.momentum, settings.nesterov

@@ -37,20 +37,13 @@ class Trainable(Protocol):
         """Return the axis of a weight's output channels."""
 
     def write_back(self, into: Model | None = None) -> Model:
-        """Return the model with the present weights."""
-
-
-class Rows(Protocol):
-    """Some rows to train on (`Batch`)."""
-
-    feeds: dict[str, Any]
-    labels: Any
-    index: Any
-    targets: dict[str, Any]
+        """Return a copy of the model with the present weights."""
 
 
 class Data(Protocol):
-    """What is trained on (`TrainingData`)."""
+    """What is trained on (`TrainingData`); `batch` is the one that the model prescribes."""
+
+    batch: int | None
 
     @property
     def rows(self) -> int:
@@ -68,5 +61,5 @@ class Data(Protocol):
 class Loss(Protocol):
     """What is to become small (`Objective`)."""
 
-    def __call__(self, outputs: dict[str, Any], batch: Any) -> Mapping[str, Any]:
+    def __call__(self, outputs: dict[str, Any], batch: Any, /) -> Mapping[str, Any]:
         """Return terms by name, their sum as `loss`."""

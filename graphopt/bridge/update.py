@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from graphopt.bridge.averaging import copied
-from graphopt.bridge.optimizers import DECAYED, Optimizer
+from graphopt.bridge.optimizers import Optimizer
 from graphopt.bridge.parallel import Team
 from graphopt.bridge.parts import Loss, Trainable
 from graphopt.bridge.penalties import Penalties
 from graphopt.bridge.plan import Plan
+from graphopt.bridge.roles import DECAYING
 from graphopt.bridge.schedules import Schedule
 from graphopt.errors import ModelError
 from graphopt.training import TrainSettings
@@ -36,7 +37,7 @@ class Update:
         self.parameters = {**bridge.parameters, **_own(objective)}
         self.tensors = {**self.parameters, **(_statistics(bridge.module) if settings.batch_norm == "train" else {})}
         self.initial = copied(self.tensors)
-        weights = {name: p for name, p in bridge.parameters.items() if str(bridge.roles.get(name)) in DECAYED}
+        weights = {name: p for name, p in bridge.parameters.items() if bridge.roles.get(name) in DECAYING}
         axes = {name: bridge.channel_axis(name) for name in weights} if settings.group_lasso else {}
         self.penalties = Penalties(weights, axes, settings)
         self.optimizer = Optimizer(self.parameters, frozenset(weights), settings)
@@ -57,7 +58,7 @@ class Update:
         for place, batch in enumerate(group):
             torch.manual_seed(self._seed_of(step, place))
             terms = self._terms(batch)
-            count = len(batch.index)
+            count = len(batch.index) if getattr(batch, "share", 1.0) else 0  # a row that only fills a place
             loss = terms["loss"]
             if not loss.requires_grad:
                 raise ModelError("the loss depends on no tensor that is trained", hint="see only and freeze")

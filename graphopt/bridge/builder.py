@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from graphopt.analysis.constants import array_of
 from graphopt.bridge.attributes import arguments, schema_of, where
-from graphopt.bridge.host import as_tensor, host_of, to_torch, torch_kind
+from graphopt.bridge.host import LARGEST, as_tensor, host_of, to_torch, torch_kind
 from graphopt.bridge.modules import BatchNormalization, Dropout, If, first, typed
 from graphopt.bridge.ops import OPS
 from graphopt.bridge.refusals import refusal
@@ -221,7 +221,7 @@ class Builder:
         op = self._op(node, domain, opset)
         for tensor in node.inputs:
             self._note_host(tensor)
-        inputs = tuple(self._value(frame, tensor, host=op.host) for tensor in node.inputs)
+        inputs = tuple(self._input(frame, tensor, op, port) for port, tensor in enumerate(node.inputs))
         extras = {"outputs": len(node.outputs), "opset": opset, "code": _code_of(node)}
         keywords = arguments(node, op.function, opset, given, extras)
         made = frame.fx.create_node("call_function", op.function, _trimmed(inputs), keywords, _identifier(label(node)))
@@ -229,6 +229,13 @@ class Builder:
         several = len(node.outputs) == 1 and (schema is None or schema.max_output > 1)
         on_host = op.host and (node.op in _SHAPES or all(t.is_empty() or self._hosted(t, frame) for t in node.inputs))
         self._outputs(node, made, frame, several=several, on_host=on_host)
+
+    def _input(self, frame: Frame, tensor: gs.Tensor, op: Op, port: int) -> Any:
+        array = array_of(tensor, limit=LARGEST) if port in op.numbers and id(tensor) in self.leaves else None
+        if array is None or array.ndim > 1:
+            return self._value(frame, tensor, host=op.host)
+        values = array.tolist()
+        return tuple(values) if isinstance(values, list) else values
 
     def _op(self, node: gs.Node, domain: str, opset: int) -> Op:
         versions = [op for op in OPS.get((domain, node.op), ()) if op.since <= opset]

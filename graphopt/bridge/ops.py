@@ -1,7 +1,6 @@
 """The operators that the bridge computes: one table, made of those of the `ops_*` modules.
 
-`find` gives what computes a node; `REFUSED` says of operators that are left out on purpose why, and what helps.
-`coverage` is the list in docs/bridge.md.
+`REFUSED` says of operators that are left out on purpose why, and what helps; `coverage` is the list in docs/bridge.md.
 """
 
 from __future__ import annotations
@@ -16,20 +15,31 @@ from graphopt.bridge import (
     ops_norm,
     ops_quant,
     ops_reduce,
+    ops_resize,
+    ops_rnn,
     ops_shape,
 )  # fmt: skip
 from graphopt.bridge.table import Op, merged
-from graphopt.ops import STANDARD_DOMAINS
 
 _STANDARD = (
-    ops_activation, ops_conv, ops_index, ops_math, ops_norm, ops_quant, ops_reduce, ops_shape,
+    ops_activation, ops_conv, ops_index, ops_math, ops_norm, ops_quant, ops_reduce, ops_resize,
+    ops_rnn, ops_shape,
 )  # fmt: skip
 
 OPS: Mapping[tuple[str, str], tuple[Op, ...]] = merged([("", module.TABLE) for module in _STANDARD])
 """(domain, operator) -> its versions, oldest first."""
 
+_CUT = "cut the model before it: `graphopt` trains what leads to the outputs that are left"
 
-def find(domain: str | None, op: str, opset: int) -> Op | None:
-    """Return what computes an operator at an opset, None where the bridge has nothing."""
-    versions = OPS.get(("" if domain in STANDARD_DOMAINS else domain or "", op), ())
-    return next((version for version in reversed(versions) if version.since <= opset), None)
+REFUSED: Mapping[str, tuple[str, str]] = {
+    **ops_quant.REFUSED,
+}
+"""Operators that are left out on purpose: why, and what helps."""
+
+
+def refusal(domain: str, op: str) -> tuple[str, str]:
+    """Return why an operator that is not in the table is not, and what helps."""
+    if op in REFUSED:
+        return REFUSED[op]
+    known = [name for at, name in OPS if at == domain]
+    return "the bridge does not know it", did_you_mean(op, known) or "graphopt optimize may lower it"

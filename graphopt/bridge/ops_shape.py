@@ -92,9 +92,7 @@ def concat(*values: Any, axis: int) -> Any:
     return torch.cat(aligned(*values), axis)
 
 
-def split(
-    x: Any, split: Any = None, axis: int = 0, num_outputs: int | None = None, outputs: int = 1
-) -> tuple[Any, ...]:
+def split(x: Any, split: Any = None, axis: int = 0, num_outputs: int | None = None, outputs: int = 1) -> Any:
     """Return the parts: by sizes, or in equal ones of which the last may be smaller."""
     length = len(x) if isinstance(x, tuple) else x.shape[axis]
     sizes = numbers(split)
@@ -104,8 +102,10 @@ def split(
         sizes = (each,) * (count - 1) + (length - each * (count - 1),)
     if isinstance(x, tuple):
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        return tuple(x[end - n : end] for n, end in zip(sizes, ends, strict=True))
-    return tuple(torch.split(x, sizes, axis))
+        parts = tuple(x[end - n : end] for n, end in zip(sizes, ends, strict=True))
+    else:
+        parts = tuple(torch.split(x, sizes, axis))
+    return parts if outputs > 1 else parts[0]
 
 
 def sliced(x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:

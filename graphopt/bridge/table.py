@@ -32,11 +32,14 @@ class Op:
         since: the first opset that it is for.
         function: what computes it.
         host: whether the function takes host values as inputs; for others the builder makes them tensors first.
+        numbers: inputs that are settings, not data (the scales of Resize): constants come as Python numbers, even
+            floats, which are host values nowhere else.
     """
 
     since: int
     function: Callable[..., Any]
     host: bool = False
+    numbers: tuple[int, ...] = ()
 
 
 Entry: TypeAlias = "Op | Callable[..., Any] | tuple[Op, ...]"

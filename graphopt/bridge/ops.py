@@ -29,8 +29,6 @@ _STANDARD = (
 OPS: Mapping[tuple[str, str], tuple[Op, ...]] = merged([("", module.TABLE) for module in _STANDARD])
 """(domain, operator) -> its versions, oldest first."""
 
-_CUT = "cut the model before it: `graphopt` trains what leads to the outputs that are left"
-
 REFUSED: Mapping[str, tuple[str, str]] = {
     **ops_quant.REFUSED,
 }
@@ -41,5 +39,4 @@ def refusal(domain: str, op: str) -> tuple[str, str]:
     """Return why an operator that is not in the table is not, and what helps."""
     if op in REFUSED:
         return REFUSED[op]
-    known = [name for at, name in OPS if at == domain]
-    return "the bridge does not know it", did_you_mean(op, known) or "graphopt optimize may lower it"
+    return "the bridge does not know it", "graphopt optimize may lower it; else cut the model before it"

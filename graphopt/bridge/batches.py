@@ -8,12 +8,11 @@ with as many times the batch sees; each batch says by `share` how much its mean 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
+from graphopt.bridge.batch import Batch
 from graphopt.bridge.read_data import Unit, read_units
 from graphopt.bridge.row_store import BUDGET, Piece, RowStore, gather
 from graphopt.bridge.tensors import to_tensor
@@ -22,28 +21,10 @@ from graphopt.model import Model
 from graphopt.training import TrainSettings
 
 Array: TypeAlias = np.ndarray[Any, Any]
+
+__all__ = ["Batch", "TrainingData", "load_training_data"]
 Augment: TypeAlias = "Callable[[dict[str, Array], Array, int, int], dict[str, Array]]"
 """Feeds, which samples they are, seed, epoch -> feeds."""
-
-
-@dataclass
-class Batch:
-    """What one step sees.
-
-    Attributes:
-        feeds: input name -> tensor.
-        labels: one tensor, one for each output that has labels, or None.
-        index: int64 (rows,), which samples these are.
-        targets: what a teacher said of them, by name.
-        share: what the mean over this batch counts for beside those of other processes at the same step: 1, but where
-            a last batch does not come out even.
-    """
-
-    feeds: dict[str, torch.Tensor]
-    labels: torch.Tensor | dict[str, torch.Tensor] | None
-    index: Array
-    targets: dict[str, torch.Tensor] = field(default_factory=dict)
-    share: float = 1.0
 
 
 class TrainingData:

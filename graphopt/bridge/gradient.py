@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
-from graphopt.bridge.batches import Batch, load_training_data
+from graphopt.bridge.batch import Batch
+from graphopt.bridge.batches import load_training_data
 from graphopt.bridge.graph import TrainableGraph
 from graphopt.bridge.objective import task_objective
 from graphopt.data import Spec

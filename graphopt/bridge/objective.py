@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 
-from graphopt.bridge.batches import Batch
+from graphopt.bridge.batch import Batch
 from graphopt.bridge.feature_taps import TapTerm, feature_taps
 from graphopt.bridge.losses import LOSSES, SMOOTHED, Case, class_axis, fitting
 from graphopt.bridge.scores import Score, scores

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
-from graphopt.bridge.batches import Batch
+from graphopt.bridge.batch import Batch
 from graphopt.bridge.rowwise import rows_move
 from graphopt.bridge.tensors import to_array, to_tensor
 from graphopt.errors import DataError, ModelError, did_you_mean

@@ -60,7 +60,7 @@ class Form:
 
     Attributes:
         function: module-level.
-        of: names on the root of its arguments, which are taken in their own forms; its own name is the constant.
+        of: names on the root of its arguments, in their own forms where those are of another function (else the constants).
         keywords: further arguments, numbers and strings.
     """
 
@@ -180,9 +180,16 @@ class Builder:
             if form is None:
                 self._made[name] = frame.fx.get_attr(name)
             else:
-                of = tuple(frame.fx.get_attr(n) if n == name else self._formed(frame, n) for n in form.of)
+                of = tuple(
+                    self._formed(frame, n) if self._further(n, form) else frame.fx.get_attr(n) for n in form.of
+                )
                 self._made[name] = frame.fx.call_function(form.function, of, dict(form.keywords))
         return self._made[name]
+
+    def _further(self, name: str, form: Form) -> bool:
+        """Tell whether an argument of a form is taken in a form of its own, by another function."""
+        other = self.forms.get(name)
+        return other is None or other.function is not form.function
 
     def _constant(self, node: gs.Node, frame: Frame, given: Given) -> None:
         """Take note of a Constant; one whose value is an attribute of its function gets it here."""

@@ -177,7 +177,7 @@ def train(model: Model, teacher: Model | None, data: Spec, settings: TrainSettin
     run = _Run(model, teacher, samples, settings, request)
     before = run.stage("before", model)
     done = recover(
-        model.copy(), teacher, run.training, settings, selecting=run.selecting, metric=request.select,
+        model, teacher, run.training, settings, selecting=run.selecting, metric=request.select,
         seed=request.seed, checkpoint=None if request.checkpoint is None else Path(request.checkpoint),
         resume=request.resume, progress=request.progress,
     )  # fmt: skip

@@ -31,7 +31,7 @@ class Recovered:
     """What came of it.
 
     Attributes:
-        model: the one that was given, with trained weights.
+        model: a copy of the one that was given, with trained weights.
         history: the course of the training.
         tensors, parameters: what was trained: tensors, and elements of them.
         losses: before and after, on the samples that chose; None without.
@@ -51,10 +51,10 @@ def recover(
     selecting: TrainingData | None = None, metric: Metric | None = None, seed: int = 0, checkpoint: Path | None = None,
     resume: bool = False, progress: Progress | None = None,
 ) -> Recovered:  # fmt: skip
-    """Train a model in place.
+    """Return a model with trained weights.
 
     Args:
-        model: what is trained; its weights are written back into it.
+        model: what is trained; it stays as it is.
         teacher: what it learns from, too; the settings are then those of distillation.
         data: what trains.
         settings: how.
@@ -80,18 +80,17 @@ def recover(
         bridge, data, objective, settings, judge=judge, seed=seed, checkpoint=checkpoint, resume=resume,
         progress=progress,
     )  # fmt: skip
-    before = None if loss is None else -loss(model)
-    bridge.write_back()
-    after = None if loss is None else -loss(model)
+    trained = bridge.write_back()
+    before, after = (None if loss is None else -loss(one) for one in (model, trained))
     count = sum(int(np.prod(p.shape)) for p in bridge.parameters.values())
-    return Recovered(model, history, len(bridge.parameters), count, (before, after))
+    return Recovered(trained, history, len(bridge.parameters), count, (before, after))
 
 
 def distill(
     student: Model, teacher: Model, data: Spec | TrainingData, settings: DistillSettings, *, seed: int = 0,
     held_out: float = HELD_OUT, progress: Progress | None = None,
 ) -> Recovered:  # fmt: skip
-    """Train a model in place to give what a teacher gives; arguments as in `recover`."""
+    """Return a model trained to give what a teacher gives; arguments as in `recover`."""
     given = _loaded(data, student, settings, seed, labelled=settings.alpha < 1.0)
     training, selecting, _ = given.parted(held_out, judges=False, seed=seed)
     return recover(student, teacher, training, settings, selecting=selecting, seed=seed, progress=progress)
@@ -101,7 +100,7 @@ def finetune(
     model: Model, data: Spec | TrainingData, settings: TrainSettings, *, seed: int = 0, held_out: float = HELD_OUT,
     progress: Progress | None = None,
 ) -> Recovered:  # fmt: skip
-    """Train a model in place on labels; arguments as in `recover`."""
+    """Return a model trained on labels; arguments as in `recover`."""
     given = _loaded(data, model, settings, seed, labelled=True)
     training, selecting, _ = given.parted(held_out, judges=False, seed=seed)
     return recover(model, None, training, settings, selecting=selecting, seed=seed, progress=progress)

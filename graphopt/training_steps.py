@@ -66,7 +66,7 @@ class StepTrainer:
 
         try:
             found = TrainableGraph(
-                self._copy(), only=settings.only, freeze=settings.freeze, learn_scales=settings.learn_scales,
+                self.model, only=settings.only, freeze=settings.freeze, learn_scales=settings.learn_scales,
                 batch_norm=settings.batch_norm,
             )  # fmt: skip
         except ModelError as error:
@@ -87,12 +87,11 @@ class StepTrainer:
         from graphopt.bridge import recover  # noqa: PLC0415  (torch, only when needed)
 
         given = data or self.samples
-        student = self._copy()
         if isinstance(settings, DistillSettings):
             source = load(Path(teacher)) if teacher else self.original()
-            found = recover.distill(student, source, given, settings, seed=self.seed)
+            found = recover.distill(self.model, source, given, settings, seed=self.seed)
         else:
-            found = recover.finetune(student, given, settings, seed=self.seed)
+            found = recover.finetune(self.model, given, settings, seed=self.seed)
         if found.history.failed:
             raise ModelError(f"training failed: {found.history.stopped}", hint="a lower rate, or clip = 1")
         return found.model, in_words(found)
@@ -110,14 +109,11 @@ class StepTrainer:
         """
         from graphopt.bridge.gradient import gradients  # noqa: PLC0415  (torch, only when needed)
 
-        return gradients(self._copy(), data, settings, moment=moment, seed=self.seed)
+        return gradients(self.model, data, settings, moment=moment, seed=self.seed)
 
     def stage(self, number: int) -> Model | None:
         """Return the model before the first training (0), or after so many of them; None where there was none."""
         return from_snapshot(self.stages[number]) if number < len(self.stages) else None
-
-    def _copy(self) -> Model:
-        return from_snapshot(self.model.snapshot())
 
 
 def in_words(found: Recovered) -> str:

@@ -124,9 +124,8 @@ class Update:
 
 
 def _own(objective: Any) -> dict[str, Any]:
-    """Return the parameters that an objective has itself (projections of taps)."""
-    named = getattr(objective, "named_parameters", None)
-    return {f"objective.{name}": parameter for name, parameter in named()} if callable(named) else {}
+    """Return what an objective has to be trained itself (projections of taps)."""
+    return {f"objective {i}": parameter for i, parameter in enumerate(getattr(objective, "parameters", ()))}
 
 
 def _statistics(module: Any) -> dict[str, Any]:

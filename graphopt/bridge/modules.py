@@ -46,7 +46,7 @@ class BatchNormalization(nn.Module):
     def _by_batch(self, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Any:
         axes = [axis for axis in range(x.dim()) if axis != 1]
         batch_mean, batch_variance = x.mean(axes), x.var(axes, correction=0)
-        y = nn.functional.batch_norm(x, batch_mean, batch_variance, scale, bias, eps=self.epsilon)
+        y = nn.functional.batch_norm(x, None, None, scale, bias, training=True, eps=self.epsilon)
         keep = self.momentum
         new = mean * keep + batch_mean * (1 - keep), variance * keep + batch_variance * (1 - keep)
         if self.learn and self.training:

@@ -82,6 +82,7 @@ class Bridge:
         self.model = load(gemms(seed))
         held = {c.name: c.values for c in self.model.constants()}
         self.parameters = {name: nn.Parameter(torch.from_numpy(held[name].copy())) for name in ("w1", "b1", "w2")}
+        self.statistics: dict[str, Any] = {}
         self.roles = {"w1": "weight", "b1": "bias", "w2": "weight"}
         self.module = Net(self.parameters, dropout)
         self.batch: int | None = None
@@ -174,12 +175,12 @@ def test_l1_and_group_lasso_are_gradients_of_their_terms() -> None:
         weight.grad = torch.zeros_like(weight)
     terms = penalties.add()
     found = {name: weight.grad.clone() for name, weight in bridge.parameters.items()}
-    written = {"l1": 0.0, "group_lasso": 0.0}
+    written = {"l1": torch.zeros(()), "group_lasso": torch.zeros(())}
     for name in ("w1", "w2"):
         weight = bridge.parameters[name]
         written["l1"] += 0.01 * weight.abs().sum()
         written["group_lasso"] += 0.02 * torch.linalg.vector_norm(weight, dim=1).sum()
-    assert terms == pytest.approx({name: float(value) for name, value in written.items()}, rel=1e-6)
+    assert terms == pytest.approx({name: float(value.detach()) for name, value in written.items()}, rel=1e-6)
     gradients = torch.autograd.grad(sum(written.values()), [bridge.parameters["w1"], bridge.parameters["w2"]])
     assert torch.allclose(found["w1"], gradients[0], atol=1e-7)
     assert torch.allclose(found["w2"], gradients[1], atol=1e-7)

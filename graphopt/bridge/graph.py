@@ -127,12 +127,15 @@ class TrainableGraph:
         by_codes = {*self.quantized.coded, *self.quantized.scales}
         found = {key: self._value(key, held) for key, held in self.parameters.items() if key not in by_codes}
         found.update(self.quantized.values(self.parameters))
-        if self.learn_statistics:
-            buffers = dict(self.module.net.named_buffers())
-            for key, role in self.roles.items():
-                if role == STATISTICS and self._names[key] in buffers:
-                    found[key] = self._value(key, buffers[self._names[key]])
+        found.update((key, self._value(key, held)) for key, held in self.statistics.items())
         return found
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Buffers that follow the batches, by name: running means and variances, where those are trained."""
+        buffers = dict(self.module.net.named_buffers()) if self.learn_statistics else {}
+        held = (key for key, role in self.roles.items() if role == STATISTICS)
+        return {key: buffers[self._names[key]] for key in held if self._names[key] in buffers}
 
     def _value(self, key: str, tensor: Any) -> Array:
         slot = self._slots[key]

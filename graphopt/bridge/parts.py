@@ -33,6 +33,10 @@ class Trainable(Protocol):
     def roles(self) -> Mapping[str, Any]:
         """What each tensor is to its operators."""
 
+    @property
+    def statistics(self) -> Mapping[str, Any]:
+        """Running statistics that forward passes change, by name."""
+
     def channel_axis(self, name: str) -> int:
         """Return the axis of a weight's output channels."""
 

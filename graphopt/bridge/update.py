@@ -35,7 +35,7 @@ class Update:
         self.module, self.objective, self.settings = bridge.module, objective, settings
         self.plan, self.seed, self.group = plan, seed, group
         self.parameters = {**bridge.parameters, **_own(objective)}
-        self.tensors = {**self.parameters, **(_statistics(bridge.module) if settings.batch_norm == "train" else {})}
+        self.tensors = {**self.parameters, **bridge.statistics}
         self.initial = copied(self.tensors)
         weights = {name: p for name, p in bridge.parameters.items() if bridge.roles.get(name) in DECAYING}
         axes = {name: bridge.channel_axis(name) for name in weights} if settings.group_lasso else {}
@@ -126,8 +126,3 @@ class Update:
 def _own(objective: Any) -> dict[str, Any]:
     """Return what an objective has to be trained itself (projections of taps)."""
     return {f"objective {i}": parameter for i, parameter in enumerate(getattr(objective, "parameters", ()))}
-
-
-def _statistics(module: Any) -> dict[str, Any]:
-    """Return the running statistics of a module, by the names of its buffers."""
-    return {f"buffer.{name}": buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}

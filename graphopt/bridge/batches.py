@@ -8,23 +8,34 @@ with as many times the batch sees; each batch says by `share` how much its mean 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from graphopt.bridge.augment import Augmenter, Sample, augmenter
 from graphopt.bridge.batch import Batch
-from graphopt.bridge.read_data import Unit, read_units
+from graphopt.bridge.label_check import LabelCheck, inner_tensors
+from graphopt.bridge.read_data import Read, Unit, read_units
 from graphopt.bridge.row_store import BUDGET, Piece, RowStore, gather
+from graphopt.bridge.rowwise import Run, rows_move, rows_stand_alone
 from graphopt.bridge.tensors import to_tensor
 from graphopt.errors import DataError
 from graphopt.model import Model
+from graphopt.report import human_bytes
+from graphopt.runtime import Session
 from graphopt.training import TrainSettings
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 __all__ = ["Batch", "TrainingData", "load_training_data"]
-Augment: TypeAlias = "Callable[[dict[str, Array], Array, int, int], dict[str, Array]]"
-"""Feeds, which samples they are, seed, epoch -> feeds."""
+Labels: TypeAlias = "Array | dict[str, Array] | None"
+
+_CHUNK = 1024
+"""Rows whose labels are looked at together."""
+
+_SHAPES = 64
+"""Shapes of samples, or whole feeds, whose labels are held against outputs before training; the rest is during it."""
 
 
 class TrainingData:
@@ -40,7 +51,7 @@ class TrainingData:
 
     def __init__(
         self, units: Sequence[Unit], *, rowwise: bool, batch: int | None, description: str,
-        chosen: Array | None = None, augment: Augment | None = None, notes: Sequence[str] = (),
+        chosen: Array | None = None, augment: Augmenter | None = None, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._units = list(units)
         self._rowwise = rowwise
@@ -115,30 +126,38 @@ class TrainingData:
     def _read(self, index: Array, share: float, seed: int, epoch: int) -> Batch:
         feeds, labels = self.arrays(index)
         if self._augment is not None:
-            feeds = self._augment(feeds, index, seed, epoch)
+            drawn = Sample(feeds, labels, index, seed, epoch, rowwise=self._rowwise)
+            feeds, labels = self._augment(drawn, lambda: self._peers(index), self.arrays)
         tensors = {name: to_tensor(array) for name, array in feeds.items()}
         if isinstance(labels, Mapping):
             return Batch(tensors, {n: to_tensor(a) for n, a in labels.items()}, index, share=share)
         return Batch(tensors, None if labels is None else to_tensor(labels), index, share=share)
 
-    def arrays(self, index: Array) -> tuple[dict[str, Array], Array | dict[str, Array] | None]:
+    def _peers(self, index: Array) -> Array:
+        """Return the samples of the shape of these."""
+        return next(bucket for bucket in self._buckets if index[0] in bucket)
+
+    def arrays(self, index: Array) -> tuple[dict[str, Array], Labels]:
         """Return feeds and labels of samples (int64 numbers below all that were read) as arrays, unaugmented."""
-        units, rows = self._unit_of[index], self._row_of[index]
-        first = self._units[int(units[0])]
+        first = self._units[int(self._unit_of[index[0]])]
+        feeds = {name: self._gather(index, lambda unit, name=name: unit.feeds[name]) for name in first.feeds}  # type: ignore[misc]
+        return feeds, self.labels(index)
 
-        def read(pick: Callable[[Unit], Piece]) -> Array:
-            if not self._rowwise:
-                return pick(first).all()
-            used, where = np.unique(units, return_inverse=True)
-            return gather([pick(self._units[int(u)]) for u in used], where, rows)
-
-        feeds = {name: read(lambda unit, name=name: unit.feeds[name]) for name in first.feeds}  # type: ignore[misc]
+    def labels(self, index: Array) -> Labels:
+        """Return labels of samples, all of one shape."""
+        first = self._units[int(self._unit_of[index[0]])]
         if first.labels is None:
-            return feeds, None
+            return None
         if isinstance(first.labels, dict):
-            labels = {n: read(lambda unit, n=n: unit.labels[n]) for n in first.labels}  # type: ignore[misc]
-            return feeds, labels
-        return feeds, read(lambda unit: unit.labels)  # type: ignore[arg-type, return-value]
+            return {n: self._gather(index, lambda unit, n=n: unit.labels[n]) for n in first.labels}  # type: ignore[misc]
+        return self._gather(index, lambda unit: unit.labels)  # type: ignore[arg-type, return-value]
+
+    def _gather(self, index: Array, pick: Callable[[Unit], Piece]) -> Array:
+        units = self._unit_of[index]
+        if not self._rowwise:
+            return pick(self._units[int(units[0])]).all()
+        used, where = np.unique(units, return_inverse=True)
+        return gather([pick(self._units[int(u)]) for u in used], where, self._row_of[index])
 
     def parted(
         self, part: float, *, judges: bool = False, seed: int = 0
@@ -188,21 +207,55 @@ class TrainingData:
         Raises:
             DataError: there is no one class per sample.
         """
-        size = 1024 if self._rowwise else 1
+        size = _CHUNK if self._rowwise else 1
         found: list[Array] = []
         for bucket in self._buckets:
             for start in range(0, len(bucket), size):
-                _, labels = self.arrays(bucket[start : start + size])
+                labels = self.labels(bucket[start : start + size])
                 if isinstance(labels, dict) and len(labels) == 1:
                     labels = next(iter(labels.values()))
                 found.append(_classes(labels, len(bucket[start : start + size])))
         return np.concatenate(found)[np.argsort(np.concatenate(self._buckets))]
+
+    def without_labels(self) -> TrainingData:
+        """Return the same samples without their labels."""
+        units = [replace(unit, labels=None, signature=unit.signature[:1]) for unit in self._units]
+        return TrainingData(
+            units, rowwise=self._rowwise, batch=self.batch, description=self.description, chosen=self._chosen,
+            augment=self._augment, notes=self.notes,
+        )  # fmt: skip
 
     def _only(self, samples: Array, *, augmented: bool) -> TrainingData:
         return TrainingData(
             self._units, rowwise=self._rowwise, batch=self.batch, description=self.description, chosen=samples,
             augment=self._augment if augmented else None, notes=self.notes,
         )  # fmt: skip
+
+    def rows_alone(self, run: Run, outputs: Sequence[str]) -> bool:
+        """Tell whether a model treats rows alone, as far as some of them show; one row at a time is alone anyway."""
+        rows = self.batch or 2
+        bucket = next((b for b in self._buckets if len(b) >= rows), None)
+        if rows < 2 or bucket is None or not self._rowwise:
+            return True
+        feeds, _ = self.arrays(np.random.default_rng(0).permutation(bucket)[:rows])
+        return rows_move(run, feeds, outputs, rows) if self.batch else rows_stand_alone(run, feeds, outputs)
+
+    def check_labels(self, check: LabelCheck) -> None:
+        """Look at all labels, the model being run on a sample of each shape, of the first `_SHAPES` of them.
+
+        Raises:
+            DataError: labels do not fit.
+        """
+        if not self._rowwise:
+            for sample in self._chosen[:_SHAPES, None]:
+                feeds, labels = self.arrays(sample)
+                check(feeds, None, [] if labels is None else [labels])
+            return
+        for bucket in self._buckets[:_SHAPES]:
+            rows = self.batch or 1
+            feeds, _ = self.arrays(np.resize(bucket, rows))
+            parts = (self.labels(bucket[i : i + _CHUNK]) for i in range(0, len(bucket), _CHUNK))
+            check(feeds, rows, (part for part in parts if part is not None))
 
     @property
     def samples(self) -> Array:
@@ -218,7 +271,7 @@ class TrainingData:
                 yield self.arrays(bucket[start : min(start + size, usable)])[0]
 
 
-def _classes(labels: Array | dict[str, Array] | None, rows: int) -> Array:
+def _classes(labels: Labels, rows: int) -> Array:
     if labels is None or isinstance(labels, dict):
         raise DataError("the samples cannot be stratified: there is no one label per sample", hint=_STRATIFIED)
     kinds = labels
@@ -249,10 +302,36 @@ def load_training_data(
     Raises:
         DataError: unusable, empty, not finite, or without the labels that are needed.
     """
-    read = read_units(spec, model, settings, RowStore(budget), labelled=labelled)
+    store = RowStore(budget)
+    drawn = settings.subset > 0 and settings.sampling == "stratified"
+    read = read_units(spec, model, settings, store, labelled=labelled, wanted=labelled or drawn)
     if not any(unit.rows for unit in read.units):
         raise DataError("the training data are empty", at=read.description)
+    notes = [*read.notes, *([f"{human_bytes(store.spilled)} of data in a temporary file"] if store.spilled else [])]
+    _look(read, model, settings, notes, labelled=labelled)
     data = TrainingData(
-        read.units, rowwise=read.rowwise, batch=read.batch, description=read.description, notes=read.notes
-    )
-    return data.subset(settings.subset, settings.sampling, seed) if settings.subset else data
+        read.units, rowwise=read.rowwise, batch=read.batch, description=read.description, notes=notes,
+        augment=augmenter(settings.augment) if settings.augment else None,
+    )  # fmt: skip
+    data = data.subset(settings.subset, settings.sampling, seed) if settings.subset else data
+    if not data.batches(settings.batch):
+        raise DataError(
+            f"{data.rows} samples do not fill one batch of {data.batch}, which the model takes", at=read.description
+        )
+    return data if labelled else data.without_labels()
+
+
+def _look(read: Read, model: Model, settings: TrainSettings, notes: list[str], *, labelled: bool) -> None:
+    """Run the model on some of the data: are rows independent, and do the labels fit?"""
+    checks = labelled and ":" not in settings.loss
+    if not (checks or (read.rowwise and read.batch != 1)):
+        return
+    session = Session(model, extra_outputs=inner_tensors(model) if checks else ())
+    data = TrainingData(read.units, rowwise=read.rowwise, batch=read.batch, description=read.description)
+    outputs = [spec.name for spec in model.outputs]
+    if not data.rows_alone(lambda feeds: session.run(feeds, outputs), outputs):
+        read.rowwise, read.batch = False, None
+        data = TrainingData(read.units, rowwise=False, batch=None, description=read.description)
+        notes.append("rows along the inputs' first axis are not independent samples: each feed is a batch of its own")
+    if checks:
+        data.check_labels(LabelCheck(model, session.run, settings.loss))

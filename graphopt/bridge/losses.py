@@ -21,6 +21,8 @@ from graphopt.errors import DataError
 BLANK = 0
 """Class of CTC that stands for nothing; in padded labels it ends a sequence, as a negative one does."""
 
+_IGNORED = -100
+
 
 @dataclass(frozen=True)
 class Case:
@@ -74,31 +76,24 @@ def fitting(case: Case) -> str:
 
 def cross_entropy(case: Case) -> torch.Tensor:
     """Return the mean over rows (or steps) of -log p(label); soft labels are probabilities of the output's shape."""
-    soft = _squeezed(case.labels.shape) == _squeezed(case.scores.shape) and case.scores.dim() > 1
-    axis = _soft_axis(case) if soft else _class_axis(case)
-    if axis is None:
-        raise case.refuse(
-            f"labels of shape {list(case.labels.shape)} do not fit",
-            f"one class per row: {_without(case.scores.shape, case.axis)}, or probabilities of the output's shape",
-        )
+    axis = _check_classes(case)
     rows = case.scores.movedim(axis, -1).flatten(0, -2)
-    if soft:
+    if _is_soft(case):
         target = case.labels.reshape(case.scores.shape).movedim(axis, -1).flatten(0, -2).to(rows.dtype)
-        _check_probabilities(case, target)
         return F.cross_entropy(rows, target, label_smoothing=case.smoothing)
     labels = case.labels.reshape(-1)
-    _check_classes(case, labels, rows.shape[-1])
-    labels = torch.where(labels < 0, -100, labels)
-    total = F.cross_entropy(rows, labels, ignore_index=-100, reduction="sum", label_smoothing=case.smoothing)
+    total = F.cross_entropy(
+        rows, torch.where(labels < 0, _IGNORED, labels), ignore_index=_IGNORED, reduction="sum",
+        label_smoothing=case.smoothing,
+    )  # fmt: skip
     return total / (labels >= 0).sum().clamp_min(1)
 
 
 def binary_cross_entropy(case: Case) -> torch.Tensor:
     """Return the mean of -log p(label) of independent yes-no questions; labels are between 0 and 1."""
-    labels = _alike(case).to(case.scores.dtype)
+    _check_answers(case)
+    labels = case.labels.reshape(case.output.shape).to(case.scores.dtype)
     known = labels >= 0
-    if bool((labels > 1).any()):
-        raise case.refuse(f"a label is {float(labels.max()):g}", "labels of yes-no questions are between 0 and 1")
     target = labels.clamp_min(0) * (1 - case.smoothing) + case.smoothing / 2
     each = F.binary_cross_entropy_with_logits(case.scores, target, reduction="none")
     return (each * known).sum() / known.sum().clamp_min(1)
@@ -124,29 +119,12 @@ def ctc(case: Case) -> torch.Tensor:
 
     Outputs are (rows, steps, classes) or (steps, rows, classes), labels (rows, longest) padded with 0 or less.
     """
-    labels = case.labels
-    if case.scores.dim() != 3 or labels.dim() != 2 or labels.is_floating_point():
-        raise case.refuse(
-            f"ctc of labels of shape {list(labels.shape)}",
-            "outputs are (rows, steps, classes), labels whole numbers (rows, longest), padded with 0 or -1",
-        )
-    axis = 2 if case.axis is None else case.axis
-    steps_first = case.scores.movedim(axis, -1)
-    if steps_first.shape[0] == labels.shape[0]:
-        steps_first = steps_first.transpose(0, 1)
-    steps, rows, classes = steps_first.shape
-    if rows != labels.shape[0]:
-        raise case.refuse(f"{labels.shape[0]} rows of labels for {rows} of outputs", "one sequence of labels per row")
-    _check_classes(case, labels, classes)
-    ended = torch.cumsum((labels <= BLANK).long(), dim=1) > 0
-    lengths = (~ended).sum(dim=1)
-    if int(lengths.max()) > steps:
-        raise case.refuse(f"{int(lengths.max())} labels in a row for {steps} steps", "an output step gives one label")
-    target = torch.where(ended, 1, labels)
-    given = torch.full((rows,), steps, dtype=torch.long)
-    return F.ctc_loss(
-        steps_first.log_softmax(-1), target, given.to(labels.device), lengths, blank=BLANK, zero_infinity=True
-    )
+    values, lengths = _check_sequences(case)
+    ended = torch.arange(case.labels.shape[1], device=lengths.device) >= lengths[:, None]
+    target = torch.where(ended, 1, case.labels)
+    steps, rows, _ = values.shape
+    given = torch.full((rows,), steps, dtype=torch.long, device=lengths.device)
+    return F.ctc_loss(values.log_softmax(-1), target, given, lengths, blank=BLANK, zero_infinity=True)
 
 
 LOSSES: Mapping[str, Loss] = {
@@ -162,9 +140,22 @@ SMOOTHED = frozenset({"auto", "cross-entropy", "binary-cross-entropy"})
 """Losses that know label smoothing."""
 
 
+def check(case: Case, loss: str) -> None:
+    """Refuse labels that a loss cannot take, without computing it; the values of the outputs are not looked at.
+
+    Raises:
+        DataError: says what is wrong with them.
+    """
+    _CHECKS[loss](case)
+
+
 def class_axis(shape: torch.Size, axis: int | None) -> int:
     """Return the axis of classes: the known one, else channels of images (rank 4), else the last."""
     return axis if axis is not None else 1 if len(shape) >= 4 else len(shape) - 1
+
+
+def _is_soft(case: Case) -> bool:
+    return case.scores.dim() > 1 and _squeezed(case.labels.shape) == _squeezed(case.scores.shape)
 
 
 def _class_axis(case: Case) -> int | None:
@@ -177,18 +168,9 @@ def _class_axis(case: Case) -> int | None:
     return next(fits, None)
 
 
-def _soft_axis(case: Case) -> int:
-    return class_axis(case.scores.shape, case.axis)
-
-
 def _squeezed(shape: torch.Size) -> tuple[int, ...]:
     """Return a shape without axes of 1 behind the first."""
     return tuple(n for i, n in enumerate(shape) if i == 0 or n != 1)
-
-
-def _without(shape: torch.Size, axis: int | None) -> list[int]:
-    cut = class_axis(shape, axis)
-    return [n for i, n in enumerate(shape) if i != cut]
 
 
 def _alike(case: Case) -> torch.Tensor:
@@ -200,15 +182,76 @@ def _alike(case: Case) -> torch.Tensor:
     return case.labels.reshape(case.output.shape)
 
 
-def _check_classes(case: Case, labels: torch.Tensor, classes: int) -> None:
-    largest = int(labels.max()) if labels.numel() else 0
-    if labels.is_floating_point():
-        raise case.refuse("the labels are floats", "classes are whole numbers from 0")
+def _check_classes(case: Case) -> int:
+    """Return the axis of the classes."""
+    if _is_soft(case):
+        axis = class_axis(case.scores.shape, case.axis)
+        sums = case.labels.reshape(case.scores.shape).sum(axis, dtype=torch.float32)
+        if bool((case.labels < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+            raise case.refuse("soft labels that do not sum to 1", "a row of soft labels holds a probability per class")
+        return axis
+    found = _class_axis(case)
+    if found is None:
+        cut = class_axis(case.scores.shape, case.axis)
+        rows = [n for i, n in enumerate(case.scores.shape) if i != cut]
+        raise case.refuse(
+            f"labels of shape {list(case.labels.shape)} do not fit",
+            f"one class per row, {rows}, or probabilities of the output's shape",
+        )
+    if case.labels.is_floating_point():
+        raise case.refuse("the labels are floats", "classes are whole numbers from 0; for values: loss = mse")
+    _check_range(case, case.scores.shape[found])
+    return found
+
+
+def _check_range(case: Case, classes: int) -> None:
+    if not case.labels.numel():
+        return
+    largest, least = int(case.labels.max()), int(case.labels.min())
     if largest >= classes:
         raise case.refuse(f"label {largest} where there are {classes} classes", f"classes are 0 to {classes - 1}")
+    if least < 0 and bool(((case.labels < 0) & (case.labels != -1) & (case.labels != _IGNORED)).any()):
+        raise case.refuse(f"label {least}", f"classes are numbered from 0; -1 or {_IGNORED} says that there is none")
 
 
-def _check_probabilities(case: Case, rows: torch.Tensor) -> None:
-    sums = rows.sum(-1)
-    if bool((rows < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
-        raise case.refuse("soft labels that do not sum to 1", "a row of soft labels holds the probabilities of classes")
+def _check_answers(case: Case) -> None:
+    labels = _alike(case)
+    if bool((labels > 1).any()):
+        raise case.refuse(f"a label is {float(labels.max()):g}", "labels of yes-no questions are between 0 and 1")
+    if bool(((labels < 0) & (labels != -1)).any()):
+        raise case.refuse(f"a label is {float(labels.min()):g}", "labels of yes-no questions are between 0 and 1, or "
+                          "-1 where the answer is not known")  # fmt: skip
+
+
+def _check_sequences(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scores as (steps, rows, classes), and the lengths of the labels."""
+    labels = case.labels
+    if case.scores.dim() != 3 or labels.dim() != 2 or labels.is_floating_point():
+        raise case.refuse(
+            f"ctc of labels of shape {list(labels.shape)}",
+            "outputs are (rows, steps, classes), labels whole numbers (rows, longest), padded with 0 or -1",
+        )
+    values = case.scores.movedim(2 if case.axis is None else case.axis, -1)
+    if values.shape[0] == labels.shape[0]:
+        values = values.transpose(0, 1)
+    if values.shape[1] != labels.shape[0]:
+        raise case.refuse(
+            f"{labels.shape[0]} rows of labels for {values.shape[1]} of outputs", "one sequence of labels per row"
+        )
+    _check_range(case, values.shape[2])
+    lengths = (torch.cumsum((labels <= BLANK).long(), dim=1) == 0).sum(dim=1)
+    if lengths.numel() and int(lengths.max()) > values.shape[0]:
+        raise case.refuse(
+            f"{int(lengths.max())} labels in a row for {values.shape[0]} steps", "a step of the output gives one label"
+        )
+    return values, lengths
+
+
+_CHECKS: Mapping[str, Callable[[Case], object]] = {
+    "cross-entropy": _check_classes,
+    "binary-cross-entropy": _check_answers,
+    "mse": _alike,
+    "l1": _alike,
+    "smooth-l1": _alike,
+    "ctc": _check_sequences,
+}

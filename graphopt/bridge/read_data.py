@@ -39,13 +39,13 @@ class Unit:
         feeds: input name -> array.
         labels: one array, one by output, or None.
         rows: along axis 0 of every array; 1 for a whole feed.
-        signature: equal where rows can share a batch.
+        signature: types of the feeds, then of the labels: equal where rows can share a batch.
     """
 
     feeds: dict[str, Piece]
     labels: Piece | dict[str, Piece] | None
     rows: int
-    signature: object
+    signature: tuple[object, ...]
 
 
 @dataclass
@@ -59,13 +59,23 @@ class Read:
     notes: list[str] = field(default_factory=list)
 
 
-def read_units(spec: Any, model: Model, settings: TrainSettings, store: RowStore, *, labelled: bool) -> Read:
+def read_units(
+    spec: Any, model: Model, settings: TrainSettings, store: RowStore, *, labelled: bool, wanted: bool = False
+) -> Read:
     """Read all data once.
+
+    Args:
+        spec: what the user gave.
+        model: what the data are for.
+        settings: `batch` is how `.npz` are cut for models that have no rows.
+        store: holds the arrays.
+        labelled: whether labels are needed.
+        wanted: whether they are kept where there are any.
 
     Raises:
         DataError: unusable; says which sample, and what would do.
     """
-    reader = Reader(model, store, labelled=labelled)
+    reader = Reader(model, store, labelled=labelled, wanted=wanted or labelled)
     found = reader.source(spec, settings.batch)
     copies = not isinstance(spec, str | Path | Sequence | Mapping) or _is_function(spec)
     units = [
@@ -86,8 +96,8 @@ class Reader:
         batch: rows that the model takes where that is fixed and the same for all inputs.
     """
 
-    def __init__(self, model: Model, store: RowStore, *, labelled: bool) -> None:
-        self._store, self._labelled = store, labelled
+    def __init__(self, model: Model, store: RowStore, *, labelled: bool, wanted: bool) -> None:
+        self._store, self._labelled, self._wanted = store, labelled, wanted
         self._inputs = {spec.name: spec for spec in model.inputs}
         self._outputs = [spec.name for spec in model.outputs]
         for spec in self._inputs.values():
@@ -122,12 +132,10 @@ class Reader:
         kept = {name: self._store.keep(value) for name, value in feeds.items()}
         if isinstance(labels, dict):
             held: Any = {name: self._store.keep(value) for name, value in labels.items()}
-            all_of = {**kept, **{f"label {n}": piece for n, piece in held.items()}}
         else:
             held = None if labels is None else self._store.keep(labels)
-            all_of = kept if held is None else {**kept, "label": held}
-        signature = tuple((name, piece.shape[1:], piece.dtype.str) for name, piece in all_of.items())
-        return Unit(kept, held, rows, signature)
+        of_labels = held if isinstance(held, dict) else {} if held is None else {"": held}
+        return Unit(kept, held, rows, (_types(kept), _types(of_labels)))
 
     def _parts(self, item: Any, where: str) -> tuple[dict[str, Any], Labels]:
         if isinstance(item, Mapping):
@@ -161,7 +169,7 @@ class Reader:
         if of_outputs:
             return feeds, of_outputs
         named = [name for name in rest if name.lower() in LABEL_NAMES] or list(rest)
-        if len(named) > 1 and self._labelled:
+        if len(named) > 1 and self._wanted:
             raise DataError(
                 f"which of these are the labels: {', '.join(named)}?", at=where,
                 hint="call one 'label', or each after the output that it is for",
@@ -176,9 +184,9 @@ class Reader:
         return value
 
     def _labels(self, labels: Labels, where: str, *, copies: bool) -> Labels:
-        if labels is None or not self._labelled:
-            if self._labelled:
-                raise DataError("the labels are missing", at=where, hint=_LABELS_HINT)
+        if labels is None and self._labelled:
+            raise DataError("the labels are missing", at=where, hint=_LABELS_HINT)
+        if labels is None or not self._wanted:
             return None
         if isinstance(labels, Mapping):
             unknown = [name for name in labels if name not in self._outputs]
@@ -204,6 +212,10 @@ class Reader:
                 raise DataError(f"{have} in '{name}' for {rows} rows of feeds", at=where,
                                 hint="labels have one entry per row")  # fmt: skip
         return rows
+
+
+def _types(pieces: Mapping[str, Piece]) -> tuple[object, ...]:
+    return tuple(sorted((name, piece.shape[1:], piece.dtype.str) for name, piece in pieces.items()))
 
 
 _LABELS_HINT = "yield (feeds, labels), or put an array 'label' beside the inputs; distilling needs none"
@@ -249,7 +261,7 @@ def _array(value: Any, *, copies: bool) -> Any:
 
 def _label(value: Any, where: str, copies: bool) -> Array:
     value = _array(value, copies=copies)
-    array = np.asarray(value.toarray() if is_sparse(value) else value)
+    array = np.atleast_1d(value.toarray() if is_sparse(value) else value)
     if array.dtype.kind not in "iufb" and not is_float(array.dtype):
         raise DataError(f"labels are numbers, not {array.dtype}", at=where, hint="number the classes from 0")
     if array.dtype.kind in "iub":

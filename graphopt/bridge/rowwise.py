@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from graphopt.errors import DataError
+from graphopt.tensors import is_float
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Run: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -14,29 +17,53 @@ TOLERANCE = 1e-3
 """Of the largest value: kernels add up in another order for another number of rows, and quantized ones step."""
 
 
-def rows_move(run: Run, feeds: Mapping[str, Array], values: Mapping[str, Array], name: str, rows: int) -> bool:
-    """Tell whether a tensor's rows change places as those of the feeds do.
+def rows_move(run: Run, feeds: Mapping[str, Array], names: Iterable[str], rows: int) -> bool:
+    """Tell whether tensors' rows change places as those of the feeds do.
 
     Args:
         run: the model.
         feeds: all with as many rows along axis 0.
-        values: what the model makes of them.
-        name: the tensor.
+        names: of the tensors.
         rows: how many.
     """
-    before = values[name]
-    if not before.shape or before.shape[0] != rows:
-        return False
     order = np.roll(np.arange(rows), 1)
-    after = run({fed: value[order] for fed, value in feeds.items()})[name]
-    return close(after, before[order])
+    try:
+        before, after = run(feeds), run({fed: value[order] for fed, value in feeds.items()})
+    except DataError:
+        return False
+    return all(_has_rows(before[n], rows) and _close(after[n], before[n][order]) for n in names)
 
 
-def close(a: Array, b: Array) -> bool:
-    """Tell whether two results are the same up to how they were added up."""
+def rows_stand_alone(run: Run, feeds: Mapping[str, Array], names: Iterable[str]) -> bool:
+    """Tell whether a model gives for two rows at once what it gives for each of them.
+
+    Args:
+        run: the model.
+        feeds: all with two rows along axis 0.
+        names: of the tensors.
+    """
+    try:
+        both = run(feeds)
+        singles = [run({fed: value[i : i + 1] for fed, value in feeds.items()}) for i in range(2)]
+    except DataError:
+        return False
+    return all(
+        _has_rows(both[n], 2) and all(_close(one[n], both[n][i : i + 1]) for i, one in enumerate(singles))
+        for n in names
+    )
+
+
+def _has_rows(value: Array, rows: int) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim > 0 and value.shape[0] == rows
+
+
+def _close(a: Array, b: Array) -> bool:
+    """Tell whether two results are the same up to how they were added up; of others than floats, in shape."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if a.dtype.kind in "OSUb" or not a.size:
-        return bool(np.array_equal(a, b))
+    if not is_float(a.dtype) or not a.size:
+        return True  # decisions between near equals may fall either way
     x, y = a.astype(np.float64), b.astype(np.float64)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return bool(np.array_equal(np.isfinite(x), np.isfinite(y)))
     return bool(np.abs(x - y).max() <= TOLERANCE * max(np.abs(y).max(), 1e-30))

@@ -81,7 +81,7 @@ class Teacher:
         feeds = self._feeds(batch)
         values = self._answer(feeds, len(numbers))
         if self._cache:
-            self._check(feeds, values, len(numbers))
+            self._check(feeds, len(numbers))
         if self._cache:
             self._keep(numbers, values)
         return {name: to_tensor(values[name]) for name in self.tensors}
@@ -126,16 +126,15 @@ class Teacher:
 
         return run
 
-    def _check(self, feeds: Mapping[str, Array], values: Mapping[str, Array], rows: int) -> None:
+    def _check(self, feeds: Mapping[str, Array], rows: int) -> None:
         """See on the first batch with several rows whether what is wanted can be kept by row."""
         if self._checked or rows < 2:
             return
         self._checked = True
-        mixed = [n for n in self.tensors if not rows_move(lambda f: self._answer(f, rows), feeds, values, n, rows)]
-        if mixed:
+        if not rows_move(lambda fed: self._answer(fed, rows), feeds, self.tensors, rows):
             self._cache = False
             self._known.clear()
-            self.notes.append(f"the teacher runs each time: '{mixed[0]}' does not have one row per sample")
+            self.notes.append("the teacher runs each time: what is asked of it does not have one row per sample")
 
     def _keep(self, numbers: Sequence[int], values: Mapping[str, Array]) -> None:
         several = len(numbers) > 1

@@ -248,7 +248,7 @@ class Builder:
         versions = [op for op in OPS.get((domain, node.op), ()) if op.since <= opset]
         if versions:
             return versions[-1]
-        why, hint = refusal(domain, node.op)
+        why, hint = refusal(node.op)
         raise ModelError(f"{node.op} cannot be trained: {why}", at=where(node), hint=hint)
 
     def _hosted(self, tensor: gs.Tensor, frame: Frame) -> bool:

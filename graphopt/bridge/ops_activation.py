@@ -53,6 +53,10 @@ def swish(x: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
     return x * torch.sigmoid(alpha * x)
 
 
+def swiglu(a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    return swish(a, alpha) * b
+
+
 def _flat(x: torch.Tensor, axis: int) -> torch.Tensor:
     """Return x with all axes from `axis` on as one: what Softmax normalised over before opset 13."""
     return x.unsqueeze(-1) if axis == x.ndim else x.flatten(axis)
@@ -87,7 +91,7 @@ TABLE: Table = {
     "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "LeakyRelu": leaky_relu, "PRelu": prelu,
     "Elu": elu, "Celu": celu, "Selu": selu, "HardSigmoid": hard_sigmoid, "HardSwish": hard_swish,
     "ThresholdedRelu": thresholded_relu, "Shrink": shrink, "Softplus": functional.softplus,
-    "Softsign": functional.softsign, "Mish": functional.mish, "Gelu": gelu, "Swish": swish,
+    "Softsign": functional.softsign, "Mish": functional.mish, "Gelu": gelu, "Swish": swish, "SwiGLU": swiglu,
     "Softmax": (Op(1, softmax_1), Op(13, softmax)),
     "LogSoftmax": (Op(1, log_softmax_1), Op(13, log_softmax)),
     "Hardmax": (Op(1, hardmax_1), Op(13, hardmax)),

@@ -146,7 +146,7 @@ def topk(
     x: Any, k: Any, axis: int = -1, largest: int = 1, sorted: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the k largest (or smallest) values and their indices, in order: of equal ones the first comes first."""
-    order = torch.sort(as_tensor(x), axis, descending=bool(largest), stable=True)
+    order = torch.sort(as_tensor(x), dim=axis, descending=bool(largest), stable=True)
     count = number(k)
     return order.values.narrow(axis, 0, count), order.indices.narrow(axis, 0, count)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from graphopt.bridge import ops
+from graphopt.bridge import ops_quant
 
 _BODY = "its body runs as often as the data say, and gradients through that are not kept"
 _UNROLL = (
@@ -13,6 +13,7 @@ _UNROLL = (
 )
 
 REFUSED: Mapping[str, tuple[str, str]] = {
+    **ops_quant.REFUSED,
     "Loop": (_BODY, _UNROLL),
     "Scan": (_BODY, _UNROLL),
     **dict.fromkeys(
@@ -40,9 +41,23 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         ),
         ("it is not a neural network's operator", "train such a model with the library that it came from"),
     ),
+    **dict.fromkeys(
+        ("Adagrad", "Adam", "Momentum", "Gradient"),
+        ("it is a step of training itself", "cut the model where its outputs are, and train that"),
+    ),
+    **dict.fromkeys(
+        ("LinearAttention", "CausalConvWithState", "FlexAttention"),
+        ("the bridge has opsets up to 23, and what later ones share with them", "use an older opset"),
+    ),
+    "MelWeightMatrix": ("it makes constants", "fold_constants in `graphopt optimize` computes it once"),
+    "ImageDecoder": ("it decodes files", "cut the decoding off and train the rest on images"),
+    "BitCast": ("bits have no gradient", "cut the model before it"),
+    "MaxRoiPool": ("its boxes are rounded to elements", "use RoiAlign with mode max"),
 }  # fmt: skip
 
 
-def refusal(domain: str, op: str) -> tuple[str, str]:
-    """Return why an operator cannot be trained, and what helps."""
-    return REFUSED.get(op) or ops.refusal(domain, op)
+def refusal(op: str) -> tuple[str, str]:
+    """Return why an operator that is not in the table cannot be trained, and what helps."""
+    return REFUSED.get(
+        op, ("the bridge does not know it", "graphopt optimize may lower it; else cut the model before it")
+    )

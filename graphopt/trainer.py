@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
 
-from graphopt.analysis.cost import costs
+from graphopt.analysis.cost import Sizes, costs
+from graphopt.analysis.shapes import Shapes
 from graphopt.data import Spec
 from graphopt.errors import DataError, GateMissedError, ModelError, SpecError
 from graphopt.judge import Condition, judging, shared
@@ -26,6 +27,7 @@ from graphopt.model import Model, Source, load
 from graphopt.ops import DEQUANTIZE, QUANTIZE, is_standard
 from graphopt.optimizer import thread_counts
 from graphopt.pipeline import size_of
+from graphopt.profile import observe
 from graphopt.quality import Bound, QualityCheck
 from graphopt.samples import Feeds, Samples
 from graphopt.timing import prepare
@@ -216,9 +218,11 @@ class _Run:
 
     def stage(self, name: str, model: Model) -> Stage:
         """Return one model's quality, size and work."""
-        shapes = {name: np.shape(value) for name, value in self.feeds.first().items()}
+        row = next(self.data.in_order(1))
+        sizes = Sizes(Shapes(model, {name: np.shape(value) for name, value in row.items()}), observe(model, row))
+        found = costs(model, sizes)
         quality = None if self.check is None else self.check.of(model)
-        return Stage(name, model.emitted_bytes(), costs(model, inputs=shapes).macs, quality)
+        return Stage(name, model.emitted_bytes(), None if found.unknown else found.macs, quality)
 
     def gate(self, stage: Stage) -> None:
         """Refuse a result that misses the bound.

@@ -24,7 +24,7 @@ class Stage:
     Attributes:
         name: what it is: `reference`, `before`, `after`.
         bytes: on disk.
-        macs: multiplications for the first sample; None where they are not known.
+        macs: multiplications for one sample; None where they are not known.
         quality: beside the reference, on samples that neither trained nor chose.
         timing: its time over the reference's; None where it was not timed.
         loss: on held-out samples that chose the best weights; None where there are none.

@@ -36,6 +36,11 @@ _KINDS: Mapping[Any, Any] = {
 """NumPy's dtype -> the torch one that holds its values; half precision has float32 masters, unsigned and 4-bit integers
 go into a wider type."""
 
+_CODES: Mapping[int, Any] = {
+    code: _KINDS[dtype] for code in TensorProto.DataType.values() if (dtype := numpy_dtype(code)) in _KINDS
+}
+"""`TensorProto.DataType` -> torch's dtype: a plain table, which `torch.compile` can read."""
+
 
 def is_host(value: object) -> bool:
     """Tell whether a value is a number or a tuple of numbers, not a tensor."""
@@ -81,11 +86,11 @@ def torch_kind(kind: int | np.dtype[Any]) -> Any:
     Raises:
         ModelError: torch has none (strings, 8-bit floats).
     """
-    dtype = numpy_dtype(kind) if isinstance(kind, int) else np.dtype(kind)
-    if dtype is None or dtype not in _KINDS:
+    found = _CODES.get(kind) if isinstance(kind, int) else _KINDS.get(np.dtype(kind))
+    if found is None:
         shown = TensorProto.DataType.Name(kind) if isinstance(kind, int) else str(kind)
-        raise ModelError(f"torch has no tensors of type {shown}")
-    return _KINDS[dtype]
+        raise ModelError(f"torch has no tensors of type {shown}", hint="the bridge computes on numbers, in float32")
+    return found
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -142,7 +142,7 @@ class Augmenter:
         for step, strength in self._others.items():
             extent = float(values.max() - values.min()) if values.size else 0.0
             if step == "noise":
-                values = values + rng.normal(0.0, strength * extent, values.shape).astype(np.float32)
+                values = values + rng.standard_normal(values.shape, np.float32) * np.float32(strength * extent)
             elif step == "brightness":
                 values = values + np.float32(rng.uniform(-strength, strength) * extent)
             elif step == "contrast":

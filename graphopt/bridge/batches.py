@@ -81,6 +81,11 @@ class TrainingData:
         """Return how many batches an epoch has for each of `world` processes."""
         return sum(self._count(len(bucket), self.batch or batch, world) for bucket in self._buckets)
 
+    @property
+    def idle(self) -> int:
+        """Samples that an epoch leaves out, since they do not fill the batch that the model takes."""
+        return 0 if self.batch is None else sum(len(bucket) % self.batch for bucket in self._buckets)
+
     def _count(self, rows: int, batch: int, world: int) -> int:
         if self.batch is None:
             return -(-rows // (batch * world))
@@ -318,6 +323,8 @@ def load_training_data(
         raise DataError(
             f"{data.rows} samples do not fill one batch of {data.batch}, which the model takes", at=read.description
         )
+    if data.idle:
+        data.notes.append(f"{data.idle} of {data.rows} samples, other ones each epoch, do not fill a batch")
     return data if labelled else data.without_labels()
 
 

@@ -81,7 +81,8 @@ def _crop(strength: float, rng: np.random.Generator, *_: int) -> Array:
 
 
 def _shift(strength: float, rng: np.random.Generator, height: int, width: int) -> Array:
-    down, right = (round(rng.uniform(-strength, strength) * n) for n in (height, width))  # whole pixels stay sharp
+    limits = (max(1, round(strength * size)) for size in (height, width))  # whole pixels, which stay sharp
+    down, right = (int(rng.integers(-limit, limit + 1)) for limit in limits)
     return np.array([[1.0, 0.0, 2 * right / width], [0.0, 1.0, 2 * down / height], [0.0, 0.0, 1.0]])
 
 

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from graphopt.analysis.constants import array_of
 from graphopt.bridge.attributes import arguments, schema_of, where
-from graphopt.bridge.host import LARGEST, as_tensor, host_of, to_torch, torch_kind
+from graphopt.bridge.host import LARGEST, as_tensor, host_of, to_torch, torch_kind, total
 from graphopt.bridge.modules import BatchNormalization, Dropout, If, first, typed
 from graphopt.bridge.ops import OPS
 from graphopt.bridge.refusals import refusal
@@ -28,9 +28,18 @@ from graphopt.edit import label
 from graphopt.errors import ModelError
 from graphopt.model import Model
 from graphopt.ops import STANDARD_DOMAINS, is_standard
+from graphopt.order import used_tensors
 
 _SHAPES = frozenset({"Shape", "Size"})
 _DEPTH = 32
+
+FOLDED = frozenset(
+    {
+        "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Gather", "Identity", "Mul", "Neg", "Reshape", "Slice",
+        "Squeeze", "Sub", "Transpose", "Unsqueeze",
+    }
+)  # fmt: skip
+"""Operators that small constants of integers go through; none makes much of little."""
 
 Given = Mapping[str, Any]
 
@@ -60,7 +69,8 @@ class Form:
 
     Attributes:
         function: module-level.
-        of: names on the root of its arguments, in their own forms where those are of another function (else the constants).
+        of: names on the root of its arguments, in their own forms where those are of another
+            function, else the constants themselves.
         keywords: further arguments, numbers and strings.
     """
 
@@ -94,6 +104,7 @@ class Builder:
         self.statistics = frozenset(statistics)
         self.functions = {(f.domain, f.name): f for f in model.functions}
         self.on_host: set[int] = set()
+        self.known: dict[int, Any] = {}
         self.opsets = dict(model.opsets)
 
     def run(self, taps: Sequence[gs.Tensor] = ()) -> fx.GraphModule:
@@ -107,7 +118,7 @@ class Builder:
         for tensor in self.model.graph.inputs:
             if tensor.name not in optional:
                 frame.values[id(tensor)] = frame.fx.placeholder(_identifier(tensor.name))
-        self._nodes(self.model.graph.nodes, frame, {})
+        self._nodes(_needed(self.model.graph, taps), frame, {})
         frame.fx.output(tuple(self._out(frame, tensor) for tensor in (*self.model.graph.outputs, *taps)))
         return fx.GraphModule(self.root, frame.fx, "Bridge")
 
@@ -180,9 +191,7 @@ class Builder:
             if form is None:
                 self._made[name] = frame.fx.get_attr(name)
             else:
-                of = tuple(
-                    self._formed(frame, n) if self._further(n, form) else frame.fx.get_attr(n) for n in form.of
-                )
+                of = tuple(self._formed(frame, n) if self._further(n, form) else frame.fx.get_attr(n) for n in form.of)
                 self._made[name] = frame.fx.call_function(form.function, of, dict(form.keywords))
         return self._made[name]
 
@@ -204,13 +213,7 @@ class Builder:
         kind = np.float32 if np.asarray(array).dtype.kind == "f" and not isinstance(array, np.ndarray) else None
         values = np.asarray(array, dtype=kind)
         held = host_of(values)
-        if held is not None:
-            self.on_host.add(id(tensor))
-            frame.values[id(tensor)] = held
-            return
-        name = f"constant_{len(frame.values)}"
-        frame.root.register_buffer(name, _tensor_of(values, node), persistent=False)
-        frame.values[id(tensor)] = frame.fx.get_attr(name)
+        self._keep(frame, tensor, _tensor_of(values, node) if held is None else held)
 
     def _note_host(self, tensor: gs.Tensor) -> None:
         """Note which constants may travel as Python numbers."""
@@ -228,6 +231,8 @@ class Builder:
         op = self._op(node, domain, opset)
         for tensor in node.inputs:
             self._note_host(tensor)
+        if self._folded(node, op, opset, frame, given):
+            return
         inputs = tuple(self._input(frame, tensor, op, port) for port, tensor in enumerate(node.inputs))
         extras = {"outputs": len(node.outputs), "opset": opset, "code": _code_of(node)}
         keywords = arguments(node, op.function, opset, given, extras)
@@ -236,6 +241,47 @@ class Builder:
         several = len(node.outputs) == 1 and (schema is None or schema.max_output > 1)
         on_host = op.host and (node.op in _SHAPES or all(t.is_empty() or self._hosted(t, frame) for t in node.inputs))
         self._outputs(node, made, frame, several=several, on_host=on_host)
+
+    def _folded(self, node: gs.Node, op: Op, opset: int, frame: Frame, given: Given) -> bool:
+        """Compute a node of small integer constants now, such as those that pads are made of."""
+        if not op.host or not is_standard(node) or node.op not in FOLDED or len(node.outputs) != 1:
+            return False
+        inputs = [self._known(tensor) for tensor in node.inputs]
+        if any(value is None and tensor.name for value, tensor in zip(inputs, node.inputs, strict=True)):
+            return False
+        if node.op == "ConstantOfShape" and total(inputs[0]) > LARGEST:
+            return False
+        keywords = arguments(node, op.function, opset, given, {"outputs": 1, "opset": opset})
+        try:
+            made = as_tensor(op.function(*_trimmed(tuple(inputs)), **keywords))
+        except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError):
+            return False  # it fails when it runs, and then says where
+        if made.is_floating_point() or made.numel() > LARGEST:
+            return False
+        held = made.tolist()
+        self._keep(frame, node.outputs[0], made if made.dim() > 1 else tuple(held) if made.dim() else held)
+        return True
+
+    def _known(self, tensor: gs.Tensor) -> Any:
+        """Return a small constant of integers as a host value, or a tensor where its rank is above 1."""
+        if id(tensor) in self.known or id(tensor) not in self.leaves:
+            return self.known.get(id(tensor))
+        array = array_of(tensor, limit=LARGEST)
+        if array is None or array.dtype.kind not in "bi":
+            return None
+        held = host_of(array)
+        return to_torch(array) if held is None else held
+
+    def _keep(self, frame: Frame, tensor: gs.Tensor, value: Any) -> None:
+        """Let a value that is known now stand for a tensor."""
+        self.known[id(tensor)] = value
+        if not isinstance(value, torch.Tensor):
+            self.on_host.add(id(tensor))
+            frame.values[id(tensor)] = value
+            return
+        name = _free(frame.root, f"constant_{len(frame.values)}")
+        frame.root.register_buffer(name, value, persistent=False)
+        frame.values[id(tensor)] = frame.fx.get_attr(name)
 
     def _input(self, frame: Frame, tensor: gs.Tensor, op: Op, port: int) -> Any:
         array = array_of(tensor, limit=LARGEST) if port in op.numbers and id(tensor) in self.leaves else None
@@ -265,16 +311,14 @@ class Builder:
             else:
                 frame.values[id(tensor)] = frame.fx.call_function(first, (made,)) if several else made
             frame.tensors.pop(id(tensor), None)  # of an earlier call of the same function
+            self.known.pop(id(tensor), None)
             (self.on_host.add if on_host else self.on_host.discard)(id(tensor))
 
     def _call(self, node: gs.Node, called: gs.Function, frame: Frame, given: Given, depth: int) -> None:
         """Put a local function in the place of its call."""
         for index, inner in enumerate(called.inputs):
             outer = node.inputs[index] if index < len(node.inputs) else gs.Variable.empty()
-            self._note_host(outer)
-            frame.values[id(inner)] = self._value(frame, outer, host=True)
-            frame.tensors.pop(id(inner), None)
-            (self.on_host.add if id(outer) in self.on_host else self.on_host.discard)(id(inner))
+            self._rename(frame, outer, inner)
         attributes = {name: value for name, value in called.attrs.items() if value is not None}
         for name, held in node.attrs.items():
             attributes[name] = given.get(held.name) if isinstance(held, gs.Node.AttributeRef) else held
@@ -284,9 +328,7 @@ class Builder:
         self._nodes(called.nodes, frame, attributes, depth + 1)
         self.opsets = outside
         for outer, inner in zip(node.outputs, called.outputs, strict=False):
-            if outer.name:
-                frame.values[id(outer)] = self._value(frame, inner, host=True)
-                (self.on_host.add if id(inner) in self.on_host else self.on_host.discard)(id(outer))
+            self._rename(frame, inner, outer)
 
     def _module(self, node: gs.Node, module: nn.Module, args: tuple[Any, ...], frame: Frame, **kind: bool) -> None:
         name = _free(frame.root, _identifier(label(node)))
@@ -317,6 +359,9 @@ class Builder:
     def _if(self, node: gs.Node, frame: Frame, given: Given, depth: int) -> None:
         self._note_host(node.inputs[0])
         condition = self._value(frame, node.inputs[0], host=True)
+        if not isinstance(condition, fx.Node):
+            self._taken(node, condition, frame, given, depth)
+            return
         inner = [self._branch(node.attrs[name], frame, given, depth) for name in ("then_branch", "else_branch")]
         (then, then_hosted), (other, other_hosted) = inner
         module = If(fx.GraphModule(then.root, then.fx), fx.GraphModule(other.root, other.fx), outputs=len(node.outputs))
@@ -325,6 +370,22 @@ class Builder:
         for tensor, *sides in zip(node.outputs, then_hosted, other_hosted, strict=False):
             if any(sides):
                 self.on_host.add(id(tensor))
+
+    def _taken(self, node: gs.Node, condition: Any, frame: Frame, given: Given, depth: int) -> None:
+        """Put the branch that a constant condition takes in the place of an If."""
+        taken = condition[0] if isinstance(condition, tuple) else condition
+        branch = node.attrs["then_branch" if taken else "else_branch"]
+        self._nodes(branch.nodes, frame, given, depth + 1)
+        for outer, inner in zip(node.outputs, branch.outputs, strict=False):
+            self._rename(frame, inner, outer)
+
+    def _rename(self, frame: Frame, inner: gs.Tensor, outer: gs.Tensor) -> None:
+        """Let a tensor of a graph that is put in its place stand for that of the node."""
+        if outer.name:
+            self._note_host(inner)
+            frame.values[id(outer)] = self._value(frame, inner, host=True)
+            frame.tensors.pop(id(outer), None)
+            (self.on_host.add if id(inner) in self.on_host else self.on_host.discard)(id(outer))
 
     def _branch(self, graph: gs.Graph, frame: Frame, given: Given, depth: int) -> tuple[Frame, list[bool]]:
         inner = Frame(parent=frame)
@@ -339,6 +400,19 @@ _MODULES: Mapping[str, Callable[..., None]] = {
     "BatchNormalization": Builder._batch_norm, "Dropout": Builder._dropout, "If": Builder._if,
 }  # fmt: skip
 """Operators whose result depends on the mode of the module, or that hold graphs."""
+
+
+def _needed(graph: gs.Graph, taps: Sequence[gs.Tensor]) -> list[gs.Node]:
+    """Return the nodes that the outputs and taps are made by, in order: others may be of any operator."""
+    makers = {id(tensor): node for node in graph.nodes for tensor in node.outputs}
+    found: set[int] = set()
+    stack = [*graph.outputs, *taps]
+    while stack:
+        node = makers.get(id(stack.pop()))
+        if node is not None and id(node) not in found:
+            found.add(id(node))
+            stack.extend(used_tensors(node))
+    return [node for node in graph.nodes if id(node) in found]
 
 
 def _batch_norm_attributes(*, epsilon: float, momentum: float, training_mode: int, spatial: int, is_test: int) -> None:

@@ -35,8 +35,8 @@ _DEPTH = 32
 
 FOLDED = frozenset(
     {
-        "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Gather", "Identity", "Mul", "Neg", "Reshape", "Slice",
-        "Squeeze", "Sub", "Transpose", "Unsqueeze",
+        "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Gather", "Identity", "Mul", "Neg", "Reshape", "Shape",
+        "Size", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze",
     }
 )  # fmt: skip
 """Operators that small constants of integers go through; none makes much of little."""

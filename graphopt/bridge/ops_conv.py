@@ -90,7 +90,8 @@ def conv_transpose(
         (n - 1) * s + (k - 1) * d + 1 for n, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True)
     ]
     if output_shape is None and auto_pad in {"SAME_UPPER", "SAME_LOWER"}:
-        output_shape = [n * s for n, s in zip(x.shape[2:], strides, strict=True)]
+        full = zip(x.shape[2:], strides, lengths, more, strict=True)
+        output_shape = [min(n * s, length + m) for n, s, length, m in full]
     if output_shape:
         output_shape = tuple(output_shape)[-count:]
         whole = [max(n + m - o, 0) for n, m, o in zip(lengths, more, output_shape, strict=True)]
@@ -115,7 +116,8 @@ class _Windows:
         ones = (1,) * len(kernel)
         self.sizes = tuple(x.shape[2:])
         self.kernel, self.strides, self.dilations = tuple(kernel), tuple(strides or ones), tuple(dilations or ones)
-        self.begin, self.end = _pads(auto_pad, pads, self.sizes, kernel, self.strides, self.dilations)
+        # ORT's pools leave dilations out of automatic pads
+        self.begin, self.end = _pads(auto_pad, pads, self.sizes, kernel, self.strides, ones)
         self.spans = tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
         self.count = tuple(self._windows(axis, ceil=ceil) for axis in range(len(kernel)))
         self.after = tuple(

@@ -87,13 +87,14 @@ def dequantize_linear(
 
 
 def encode(
-    master: Tensor, scale: Tensor, zero: Tensor, low: Tensor, high: Tensor, mask: Tensor | None = None, *,
+    master: Tensor, unit: Tensor, scale: Tensor, zero: Tensor, low: Tensor, high: Tensor, mask: Tensor | None = None, *,
     axis: int = 1, block_size: int = 0,
 ) -> Tensor:  # fmt: skip
     """Return the codes of a constant that is trained as floats, as whole numbers of float32.
 
     Args:
-        master: the floats.
+        master: the floats, in units.
+        unit: what they are multiplied by, in the shape of `scale`.
         scale: as `quantize_linear` takes it.
         zero: zero points, in the shape of `scale`.
         low: smallest codes, in the shape of `scale`.
@@ -102,19 +103,32 @@ def encode(
         axis: of the scales.
         block_size: elements along `axis` that share a scale; 0 for none.
     """
+    floats = master * spread(unit, master, axis, block_size)
     if mask is not None:
-        master = master * mask
-    largest = 127 if high.numel() > 1 else int(high)
-    spread_scale = spread(_scaled(scale.float(), master, largest), master, axis, block_size)
+        floats = floats * mask
+    spread_scale = spread(_scaled(scale.float(), master, 127), master, axis, block_size)
     zero, low, high = (spread(held, master, axis, block_size) for held in (zero, low, high))
-    codes: Tensor = Quantize.apply(master, spread_scale, zero, low, high)
+    codes: Tensor = Quantize.apply(floats, spread_scale, zero, low, high)
     return codes
 
 
-def learned_scale(logarithm: Tensor, stored: Tensor, *, half: bool = False) -> Tensor:
-    """Return a scale while it is trained; `half` rounds it as it will be stored."""
+def learned_scale(logarithm: Tensor, stored: Tensor, *, half: bool = False, whole: bool = False) -> Tensor:
+    """Return a scale while it is trained.
+
+    Args:
+        logarithm: what it is multiplied by, as a logarithm; trained.
+        stored: the scale as it was.
+        half: round it to float16, as it will be stored.
+        whole: round it to a power of two (`stored` is one).
+    """
     scale = stored * torch.exp(logarithm)
-    return scale + (scale.half().float() - scale).detach() if half else scale
+    if half:
+        return scale + (scale.half().float() - scale).detach()
+    if whole:
+        steps = torch.round(logarithm.detach() / math.log(2.0)).clamp(-60, 60).int()
+        power = ((steps + 127) << 23).view(torch.float32)  # by the bits of a float32: exact, which exp2 need not be
+        return scale / scale.detach() * (stored * power)
+    return scale
 
 
 def tied_scale(of_input: Tensor, of_weight: Tensor, like: Tensor) -> Tensor:

@@ -54,11 +54,11 @@ class Axis:
 
 
 def _asymmetric(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    return x / axis.scale
+    return x / torch.full_like(x, axis.scale)  # division by a number would multiply by its reciprocal
 
 
 def _half_pixel(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    return (x + 0.5) / axis.scale - 0.5
+    return _asymmetric(x + 0.5, axis) - 0.5
 
 
 def _pytorch_half_pixel(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -66,7 +66,7 @@ def _pytorch_half_pixel(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def _half_pixel_for_nearest(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    return (x + 0.5) / axis.scale
+    return _asymmetric(x + 0.5, axis)
 
 
 def _half_pixel_symmetric(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -118,8 +118,8 @@ class _Way:
         if self.coordinates not in _COORDINATES:
             raise ModelError(f"Resize has no coordinates '{self.coordinates}'")
         x = torch.arange(axis.out, dtype=torch.float32, device=device)
-        if axis.scale == 1 and axis.out == axis.length and self.coordinates != "tf_crop_and_resize":
-            return x
+        if axis.scale == 1 and (self.coordinates, self.mode) != ("tf_crop_and_resize", "linear"):
+            return x  # even where a part is asked for: ORT takes none of an axis that keeps its length
         return _COORDINATES[self.coordinates](x, axis)
 
     def taps(self, axis: Axis, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,6 +167,8 @@ class _Way:
         if x.ndim not in _SMOOTH or not axes or not set(axes) <= set(spatial) or not x.is_floating_point():
             return None
         size = [axes[i].out if i in axes else x.shape[i] for i in spatial]
+        if 0 in size or 0 in x.shape:
+            return None
         if self.mode == "nearest":
             same = (self.coordinates, self.nearest) == ("asymmetric", "floor")
             same = same or (self.coordinates in _ALIKE and self.nearest.startswith("round"))

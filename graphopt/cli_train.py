@@ -174,6 +174,8 @@ def _train(
 def _finish(result: Trained, common: Common) -> None:
     from graphopt.training_report import render  # noqa: PLC0415  (heavy imports only when needed)
 
+    if not result.leads:
+        return
     written = []
     if common.output is not None:
         result.save(common.output)

@@ -97,9 +97,17 @@ class Request:
 
 @dataclass
 class Trained(Finished[TrainingReport]):
-    """A finished run: the model, the report, and the course of the training."""
+    """A finished run.
+
+    Attributes:
+        model: with trained weights.
+        report: what was done; judged and timed by the leading process only.
+        history: the course of the training.
+        leads: whether this process leads, where there are several: it is the one to write files.
+    """
 
     history: History
+    leads: bool = True
 
 
 def distill(
@@ -171,12 +179,13 @@ def train(model: Model, teacher: Model | None, data: Spec, settings: TrainSettin
         GraphoptError: something given is not usable, or the bound is missed.
     """
     from graphopt.bridge.batches import load_training_data  # noqa: PLC0415  (torch is an extra)
+    from graphopt.bridge.parallel import leads  # noqa: PLC0415
     from graphopt.bridge.recover import recover  # noqa: PLC0415
 
     started = time.perf_counter()
     labelled = not isinstance(settings, DistillSettings) or teacher is None or settings.alpha < 1.0
     samples = load_training_data(data, model, settings, seed=request.seed, labelled=labelled)
-    run = _Run(model, teacher, samples, settings, request)
+    run = _Run(model, teacher, samples, settings, request, judges=leads())
     before = run.stage("before", model)
     done = recover(
         model, teacher, run.training, settings, selecting=run.selecting, metric=request.select,
@@ -187,18 +196,19 @@ def train(model: Model, teacher: Model | None, data: Spec, settings: TrainSettin
     run.gate(after)
     stages = [before, after] if teacher is None else [run.stage("teacher", teacher), before, after]
     before.loss, after.loss = done.losses
-    if request.measure:
+    if request.measure and leads():
         run.time(stages, [*([] if teacher is None else [teacher]), model, done.model])
     report = run.report(stages, done)
-    return Trained(done.model, report, done.history).since(started)
+    return Trained(done.model, report, done.history, leads()).since(started)
 
 
 class _Run:
     """The samples of one run, by what they do, and how its stages are judged."""
 
     def __init__(
-        self, model: Model, teacher: Model | None, data: TrainingData, settings: TrainSettings, request: Request
-    ) -> None:
+        self, model: Model, teacher: Model | None, data: TrainingData, settings: TrainSettings, request: Request, *,
+        judges: bool,
+    ) -> None:  # fmt: skip
         self.model, self.settings, self.request, self.data = model, settings, request, data
         self.training, self.selecting, self.judging = data.parted(request.held_out / 2, judges=True, seed=request.seed)
         self.reference = model if teacher is None else teacher
@@ -210,7 +220,7 @@ class _Run:
                 hint="give more samples, or hold out more of them",
             )  # fmt: skip
         self.check: QualityCheck | None = None
-        if bound.metric is not None or (self.judging is not None and teacher is not None):
+        if judges and (bound.metric is not None or (self.judging is not None and teacher is not None)):
             self.check = QualityCheck(self.reference, self.feeds, bound, request.seed, limit=1 << 30)
 
     def _feeds(self) -> Iterator[Feeds]:

@@ -22,7 +22,7 @@ STEPS = 5
 TOLERANCE = 1e-5  # of values of order 1: five steps of float32 rounding
 
 
-class Residual(nn.Module):
+class Residual(nn.Module):  # type: ignore[misc]  # torch has no types here
     """Strided, grouped and depthwise convolutions, BatchNormalization with two momenta, a shortcut, squeeze-excite."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Residual(nn.Module):
         return self.head(self.norm(x.mean((2, 3))))
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module):  # type: ignore[misc]
     """Embedded tokens, learned positions, attention with a mask, two norms, a tied output layer."""
 
     def __init__(self, width: int = 16, heads: int = 4) -> None:

@@ -17,8 +17,11 @@ import scipy.sparse  # noqa: E402
 from graphopt.bridge.augment import STRENGTHS  # noqa: E402
 from graphopt.bridge.batches import TrainingData, load_training_data  # noqa: E402
 from graphopt.bridge.row_store import RowStore, gather  # noqa: E402
+from graphopt.bridge.standardize import standardize  # noqa: E402
 from graphopt.errors import DataError, SpecError  # noqa: E402
 from graphopt.model import Model, load  # noqa: E402
+from graphopt.optimizer import optimize  # noqa: E402
+from graphopt.runtime import Session  # noqa: E402
 from graphopt.training import TrainSettings  # noqa: E402
 
 Array = np.ndarray[Any, Any]
@@ -392,6 +395,60 @@ def test_mixup_mixes_soft_labels_and_refuses_numbers() -> None:
     numbered = loaded([({"x": rows(20)}, LABELS)], labelled=True, augment=("mixup",))
     with pytest.raises(DataError, match="whole numbers"):
         next(iter(numbered.epoch(0, seed=0, batch=4)))
+
+
+CONV = """conv (float[N, 2, 5, 6] x) => (float[N, 3, {h}, {w}] y)
+<float[3, 2, 3, 3] k = {{{values}}}, float[3] b = {{1, 2, 3}}>
+{{ y = Conv <pads = [{pad}, {pad}, {pad}, {pad}]> (x, k, b) }}"""
+
+
+def conv(pad: int) -> Model:
+    values = ", ".join(f"{v:.3f}" for v in np.random.default_rng(0).normal(size=54))
+    return parsed(CONV.format(h=3 + 2 * pad, w=4 + 2 * pad, values=values, pad=pad))
+
+
+@pytest.mark.parametrize("kind", ["standard", "range"])
+def test_standardised_inputs_are_part_of_the_graph_and_of_the_first_layer(kind: Any) -> None:
+    model = conv(0)
+    data = images(20) * np.array([3, 0.1], np.float32)[:, None, None] + np.array([5, -2], np.float32)[:, None, None]
+    out = standardize(model, [{"x": data[:11]}, {"x": data[11:]}], kind=kind)
+    wide = data.astype(np.float64)
+    if kind == "standard":
+        wanted = (wide - wide.mean((0, 2, 3), keepdims=True)) / wide.std((0, 2, 3), keepdims=True)
+    else:
+        least, most = wide.min((0, 2, 3), keepdims=True), wide.max((0, 2, 3), keepdims=True)
+        wanted = (wide - least) / (most - least)
+    expected = Session(model).run({"x": wanted.astype(np.float32)})["y"]
+    # x * scale + shift rounds twice in float32, of values up to 50 deviations from 0
+    assert np.allclose(Session(out).run({"x": data})["y"], expected, atol=1e-3)
+    folded = optimize(out, measure=False).model
+    assert [node.op for node in folded.graph.nodes] == ["Conv"]
+    assert np.allclose(Session(folded).run({"x": data})["y"], expected, atol=1e-3)
+
+
+def test_of_a_padded_convolution_the_scale_goes_in() -> None:
+    out = optimize(standardize(conv(1), [{"x": images(20)}]), measure=False).model
+    assert [node.op for node in out.graph.nodes] == ["Add", "Conv"]
+
+
+def test_features_and_constant_columns() -> None:
+    data = rows(10) * np.array([1, 0, 2], np.float32) + 7
+    out = Session(standardize(parsed(DENSE), [{"x": data}])).run({"x": data})["y"]
+    wanted = Session(parsed(DENSE)).run(
+        {"x": np.where(data.std(0) > 0, (data - data.mean(0)) / (data.std(0) + 1e-30), 0)}
+    )
+    assert np.allclose(out, wanted["y"], atol=1e-3)
+
+
+def test_what_cannot_be_standardised() -> None:
+    with pytest.raises(SpecError, match="no input 'X'"):
+        standardize(parsed(DENSE), [{"x": rows()}], inputs=["X"])
+    with pytest.raises(SpecError, match="unknown kind"):
+        standardize(parsed(DENSE), [{"x": rows()}], kind="minmax")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="no axis 2"):
+        standardize(parsed(DENSE), [{"x": rows()}], axis=2)
+    with pytest.raises(DataError, match="had 3 before"):
+        standardize(parsed(LENGTHS), [{"x": np.ones((1, n, 2), np.float32)} for n in (3, 4)], axis=1)
 
 
 HOOKS = """

@@ -1,0 +1,87 @@
+"""What recovery by training is measured on: models with their tasks, and the commands that cut and train them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graphopt.models import zoo
+from graphopt.models.benchmarks.peers import SHAPES
+from graphopt.models.tasks import ocr_cls, ocr_rec
+
+TASKS = "models/tasks/"
+"""Where the tasks are, in commands as they are shown."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A graphopt command.
+
+    Attributes:
+        words: its words, without `graphopt`.
+        environment: variables that it needs.
+    """
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), "graphopt", *self.words])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and its task.
+
+    Attributes:
+        title: heading.
+        model: returns its file.
+        commands: stage -> what makes its file out of those before: `original.onnx`, `cut.onnx`, `trained.onnx`.
+        metrics: name -> evaluation function on test items.
+        feed: returns what is timed.
+        aim: largest drop of each metric, in its units.
+        latency: largest ratio of the trained model's time to the lossless one's; None: it is only shown.
+        minutes: that training may take on two cores; None: it is only shown.
+    """
+
+    title: str
+    model: Callable[[], Path]
+    commands: Mapping[str, Command]
+    metrics: Mapping[str, Callable[..., Any]]
+    feed: Callable[[], Mapping[str, Any]]
+    aim: float
+    latency: float | None = None
+    minutes: float | None = None
+
+
+def commands(task: str, *, macs: float, fitted_on: int, right: str, training: str) -> dict[str, Command]:
+    """Return the two commands of a case: cut to a part of the MACs, train on lines without labels."""
+    cut = f"prune original.onnx --data {TASKS}{task}.py:training --target-macs {macs:g} --no-measure -o cut.onnx"
+    trained = (
+        f"distill cut.onnx --teacher original.onnx --data {TASKS}{task}.py:training --held-out 0 "
+        f"--select {TASKS}{task}.py:{right} {training} --no-measure --history history.json -o trained.onnx"
+    )
+    limit = {"GRAPHOPT_TASK_LIMIT": str(fitted_on)}
+    return {"cut": Command(tuple(cut.split()), limit), "trained": Command(tuple(trained.split()))}
+
+
+def _timed(model: str) -> Callable[[], Mapping[str, Any]]:
+    return lambda: next(zoo.feeds(model, 0, shapes=SHAPES.get(model)))
+
+
+CASES: Mapping[str, Case] = {
+    "cls": Case(
+        "PP-OCR direction classifier, 50 % of MACs", lambda: zoo.fetch("ppocr-cls"),
+        commands("ocr_cls", macs=0.5, fitted_on=256, right="rotation_right_selection", training="--epochs 2"),
+        {"directions right": ocr_cls.rotation_right}, _timed("ppocr-cls"), aim=0.005, latency=0.75, minutes=10.0,
+    ),
+    "rec": Case(
+        "PP-OCR recogniser, 70 % of MACs", lambda: zoo.fetch("ppocr-rec"),
+        commands("ocr_rec", macs=0.7, fitted_on=512, right="lines_right_selection", training="--epochs 2"),
+        {"Latin lines right": ocr_rec.lines_right_latin, "Chinese lines right": ocr_rec.lines_right_chinese},
+        _timed("ppocr-rec"), aim=0.015,
+    ),
+}  # fmt: skip
+"""Name -> case."""

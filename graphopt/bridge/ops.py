@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from graphopt.bridge import (
     ops_activation,
     ops_attention,
+    ops_boxes,
+    ops_contrib,
     ops_conv,
     ops_index,
     ops_loss,
@@ -24,12 +26,20 @@ from graphopt.bridge import (
     ops_signal,
     ops_vision,
 )  # fmt: skip
-from graphopt.bridge.table import Op, merged
+from graphopt.bridge.table import Op, Table, merged
 
-_STANDARD = (
-    ops_activation, ops_attention, ops_conv, ops_index, ops_loss, ops_math, ops_norm, ops_quant, ops_random, ops_reduce,
-    ops_resize, ops_rnn, ops_shape, ops_signal, ops_vision,
+ORT_DOMAIN = "com.microsoft"
+
+_TABLES: tuple[tuple[str, Table], ...] = (
+    *(
+        ("", module.TABLE)
+        for module in (
+            ops_activation, ops_attention, ops_boxes, ops_conv, ops_index, ops_loss, ops_math, ops_norm, ops_quant,
+            ops_random, ops_reduce, ops_resize, ops_rnn, ops_shape, ops_signal, ops_vision,
+        )
+    ),
+    ("", ops_contrib.STANDARD), (ORT_DOMAIN, ops_contrib.TABLE), (ORT_DOMAIN, ops_quant.TABLE),
 )  # fmt: skip
 
-OPS: Mapping[tuple[str, str], tuple[Op, ...]] = merged([("", module.TABLE) for module in _STANDARD])
+OPS: Mapping[tuple[str, str], tuple[Op, ...]] = merged(_TABLES)
 """(domain, operator) -> its versions, oldest first."""

@@ -31,9 +31,10 @@ def _of_rank(functions: Sequence[Any], x: torch.Tensor) -> Any:
 
 
 def _pads(
-    auto_pad: str, pads: Sizes | None, sizes: Sizes, kernel: Sizes, strides: Sizes, dilations: Sizes
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the pads before and after each spatial axis."""
+    auto_pad: str, pads: Sizes | None, sizes: Sizes, kernel: Sizes, strides: Sizes, dilations: Sizes, *,
+    least: int | None = 0,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+    """Return the pads before and after each spatial axis; automatic ones add up to `least` or more."""
     count = len(sizes)
     if auto_pad in {"NOTSET", ""}:
         pads = tuple(pads or (0,) * (2 * count))
@@ -41,16 +42,15 @@ def _pads(
     if auto_pad == "VALID":
         return (0,) * count, (0,) * count
     whole = [
-        max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-        for n, k, s, d in zip(sizes, kernel, strides, dilations, strict=True)
+        (-(-n // s) - 1) * s + (k - 1) * d + 1 - n for n, k, s, d in zip(sizes, kernel, strides, dilations, strict=True)
     ]
-    return _halves(whole, upper=auto_pad == "SAME_UPPER")
+    return _halves(whole if least is None else [max(n, least) for n in whole], upper=auto_pad == "SAME_UPPER")
 
 
 def _halves(whole: Sizes, *, upper: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return totals cut in two; the odd one goes to the end (`upper`) or to the begin."""
-    less, more = tuple(n // 2 for n in whole), tuple(n - n // 2 for n in whole)
-    return (less, more) if upper else (more, less)
+    """Return totals cut in two; the odd one goes to the end (`upper`, and where it is below zero) or to the begin."""
+    begin = tuple(-(-n // 2) if n < 0 else n // 2 if upper else n - n // 2 for n in whole)
+    return begin, tuple(n - b for n, b in zip(whole, begin, strict=True))
 
 
 def padded(x: torch.Tensor, begin: Sizes, end: Sizes, value: float = 0.0) -> torch.Tensor:
@@ -116,8 +116,8 @@ class _Windows:
         ones = (1,) * len(kernel)
         self.sizes = tuple(x.shape[2:])
         self.kernel, self.strides, self.dilations = tuple(kernel), tuple(strides or ones), tuple(dilations or ones)
-        # ORT's pools leave dilations out of automatic pads
-        self.begin, self.end = _pads(auto_pad, pads, self.sizes, kernel, self.strides, ones)
+        # ORT's pools leave dilations out of automatic pads, and cut elements off where strides jump over them
+        self.begin, self.end = _pads(auto_pad, pads, self.sizes, kernel, self.strides, ones, least=None)
         self.spans = tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
         self.count = tuple(self._windows(axis, ceil=ceil) for axis in range(len(kernel)))
         self.after = tuple(
@@ -135,7 +135,7 @@ class _Windows:
     @property
     def plain(self) -> bool:
         """Whether torch's pools take the pads: alike on both sides, at most half a window, with windows as they are."""
-        fits = all(2 * p <= k for p, k in zip(self.begin, self.kernel, strict=True))
+        fits = all(0 <= 2 * p <= k for p, k in zip(self.begin, self.kernel, strict=True))
         return fits and self.begin == self.end and all(a <= p for a, p in zip(self.after, self.end, strict=True))
 
     def sums(self, x: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,7 @@ class _Way:
         if self.coordinates not in _COORDINATES:
             raise ModelError(f"Resize has no coordinates '{self.coordinates}'")
         x = torch.arange(axis.out, dtype=torch.float32, device=device)
-        if axis.scale == 1 and (self.coordinates, self.mode) != ("tf_crop_and_resize", "linear"):
+        if axis.scale == 1:
             return x  # even where a part is asked for: ORT takes none of an axis that keeps its length
         return _COORDINATES[self.coordinates](x, axis)
 
@@ -187,7 +187,7 @@ def _resized(x: torch.Tensor, way: _Way, axes: Mapping[int, Axis]) -> torch.Tens
     if way.mode not in {"nearest", "linear", "cubic"}:
         raise ModelError(f"Resize has no mode '{way.mode}'")
     crops = way.coordinates == "tf_crop_and_resize"
-    changed = {i: a for i, a in axes.items() if crops or a.out != a.length or a.scale != 1}
+    changed = {i: a for i, a in axes.items() if crops or a.out != a.length or (a.scale != 1 and not way.antialias)}
     quick = way.quick(x, changed)
     if quick is not None:
         return quick

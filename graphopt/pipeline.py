@@ -22,7 +22,7 @@ from graphopt import registry, spec, text
 from graphopt.analysis.shapes import Shapes
 from graphopt.base import Change, Context, Exactness, Loss, Pass, Target
 from graphopt.data import load_samples
-from graphopt.errors import GateMissedError, GraphoptError, ModelError, SpecError, last_frame
+from graphopt.errors import DataError, GateMissedError, GraphoptError, ModelError, ProviderError, SpecError, last_frame
 from graphopt.importer import paused_gc
 from graphopt.model import Model, Snapshot, Source, from_snapshot, load
 from graphopt.observation import Observer
@@ -330,6 +330,8 @@ class Run:
             changed = self._apply(step, record) and self._accept(step, record)
         except KeyboardInterrupt:
             raise
+        except (DataError, SpecError, ProviderError) as error:  # what the user gave is wrong: no pass mends that
+            raise type(error)(error.what, at=error.at or f"pass '{step.name}'", hint=error.hint) from error
         except Exception as error:  # noqa: BLE001  (a pass may be anybody's code: roll back, report, go on)
             self._roll_back(step, record, error)
             changed = False

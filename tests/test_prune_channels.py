@@ -480,7 +480,7 @@ def test_options_without_meaning(options: str, what: str) -> None:
 
 
 def test_unknown_group_is_named() -> None:
-    with pytest.raises(StopPipelineError, match="no channel group 'stam'") as error:
+    with pytest.raises(SpecError, match="no channel group 'stam'") as error:
         run(build("residual"), 'prune-channels{counts="stam=3"}')
     assert "stem" in str(error.value)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from graphopt.compiled import inspect_layers
 from graphopt.data import load_samples
-from graphopt.errors import GateMissedError
+from graphopt.errors import DataError
 from graphopt.kernels import is_integer
 from graphopt.model import Model, load
 from graphopt.pipeline import Pipeline, Result, Settings
@@ -223,8 +223,8 @@ def test_again_changes_nothing() -> None:
 
 
 def test_without_samples_one_clear_error() -> None:
-    with pytest.raises(GateMissedError, match="measured on samples"):
-        Pipeline("quantize-static").run(convs(), settings=Settings(verify="off", on_failure="stop"))
+    with pytest.raises(DataError, match="measured on samples"):
+        Pipeline("quantize-static").run(convs(), settings=Settings(verify="off"))
 
 
 def test_a_layer_in_a_subgraph_stays_float() -> None:

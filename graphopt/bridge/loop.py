@@ -98,12 +98,9 @@ def _check(bridge: Trainable, data: Data, settings: TrainSettings, group: Team) 
 @contextmanager
 def _repeatable(module: Any) -> Iterator[None]:
     """Train with deterministic kernels; leave torch's state as it was found."""
-    training, strict = module.training, torch.are_deterministic_algorithms_enabled()
-    warn, fill = (
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    training, mode = module.training, torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing reads such memory
     try:
         with torch.random.fork_rng(devices=[]):
@@ -111,7 +108,7 @@ def _repeatable(module: Any) -> Iterator[None]:
             yield
     finally:
         module.train(training)
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
+        torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 

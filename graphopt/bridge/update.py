@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
 from graphopt.bridge.averaging import copied
@@ -56,13 +56,14 @@ class Update:
         rows = 0
         sums: dict[str, float] = {}
         for place, batch in enumerate(group):
-            torch.manual_seed(self._seed_of(step, place))
+            self._draw_by(step, place)
             terms = self._terms(batch)
             count = len(batch.index) if getattr(batch, "share", 1.0) else 0  # a row that only fills a place
             loss = terms["loss"]
             if not loss.requires_grad:
                 raise ModelError("the loss depends on no tensor that is trained", hint="see only and freeze")
-            self.scaler.scale(loss * (count / self.plan.rows)).backward()
+            loss = loss if count == self.plan.rows else loss * (count / self.plan.rows)
+            self.scaler.scale(loss).backward()
             rows += count
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) * count
@@ -117,10 +118,16 @@ class Update:
         sums.update(zip(sums, values, strict=True))
         return int(total)
 
-    def _seed_of(self, step: int, place: int) -> int:
-        """Return the seed of what is random in a forward pass (dropout)."""
-        sequence = np.random.SeedSequence([self.seed, step, place, self.group.rank])
-        return int(sequence.generate_state(1, np.uint64)[0])
+    def _draw_by(self, step: int, place: int) -> None:
+        """Make what is random in a forward pass (dropout) a function of the seed and the update."""
+        text = f"{self.seed} {step} {place} {self.group.rank}"
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(
+                seed
+            )  # torch.manual_seed notes the whole stack for each GPU there may be
+        else:
+            torch.manual_seed(seed)
 
 
 def _own(objective: Any) -> dict[str, Any]:

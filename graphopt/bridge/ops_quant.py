@@ -13,13 +13,13 @@ Source: ONNX operators QuantizeLinear and DequantizeLinear, opsets 10 to 25.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from graphopt.bridge.host import torch_kind
@@ -30,22 +30,27 @@ from graphopt.tensors import numpy_dtype
 
 _NAMES = {torch.int8: "int8", torch.uint8: "uint8", torch.int16: "int16", torch.int32: "int32", torch.int64: "int32"}
 
-_TRAINED = ("int4", "uint4", "int8", "uint8", "int16", "uint16", "int32")
+_LIMITS = {
+    name: code_range(getattr(ml_dtypes, name, None) or name)
+    for name in ("int4", "uint4", "int8", "uint8", "int16", "uint16", "int32")
+}
+"""Codes that are trained: their type -> the smallest and the largest (plain tables: `torch.compile` reads them)."""
+
+_CODES = {code: dtype.name for code in TensorProto.DataType.values() if (dtype := numpy_dtype(code)) is not None}
 
 
-@functools.cache
 def limits_of(code: str) -> tuple[int, int]:
     """Return the smallest and largest code of a type by its name.
 
     Raises:
         ModelError: not an integer type of at least 4 bits.
     """
-    if code not in _TRAINED:
+    if code not in _LIMITS:
         raise ModelError(
             f"training takes integer codes of 4 to 16 bits, not {code}",
             hint="quantize to int8 or int4: `graphopt quantize`",
         )
-    return code_range(getattr(ml_dtypes, code, None) or code)
+    return _LIMITS[code]
 
 
 def quantize_linear(
@@ -151,7 +156,7 @@ class Quantize(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the scale."""
         steps, scale, inside = ctx.saved_tensors
-        passed = gradient * inside / scale
+        passed = (gradient * inside).div_(scale)
         to_scale = -(passed * steps).sum_to_size(scale.shape) if ctx.needs_input_grad[1] else None
         return passed, to_scale, None, None, None
 
@@ -187,8 +192,7 @@ def _as_float(zero: Any, x: Tensor) -> Tensor:
 def _code_type(held: Any, output_dtype: int) -> str:
     """Return the name of the type of codes, by what has it."""
     if output_dtype:
-        kind = numpy_dtype(output_dtype)
-        return kind.name if kind is not None else f"type {output_dtype}"
+        return _CODES.get(output_dtype, f"type {output_dtype}")
     if held is None:
         return "uint8"
     return _NAMES.get(held.dtype, "int32") if isinstance(held, Tensor) else "int32"

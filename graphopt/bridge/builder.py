@@ -135,8 +135,8 @@ class Builder:
                 self._call(node, called, frame, given, depth)
             elif is_standard(node, "Constant"):
                 self._constant(node, frame, given)
-            elif is_standard(node) and node.op in _MODULES:
-                _MODULES[node.op](self, node, frame, given, depth)
+            elif is_standard(node) and node.op in MODULES:
+                MODULES[node.op](self, node, frame, given, depth)
             else:
                 self._function(node, frame, given)
 
@@ -396,7 +396,7 @@ class Builder:
         return inner, [id(tensor) in self.on_host for tensor in graph.outputs]
 
 
-_MODULES: Mapping[str, Callable[..., None]] = {
+MODULES: Mapping[str, Callable[..., None]] = {
     "BatchNormalization": Builder._batch_norm, "Dropout": Builder._dropout, "If": Builder._if,
 }  # fmt: skip
 """Operators whose result depends on the mode of the module, or that hold graphs."""

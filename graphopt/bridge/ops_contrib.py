@@ -86,7 +86,7 @@ def fused_matmul(
 
 def skip_layer_normalization(
     x: Tensor, skip: Tensor, gamma: Tensor, beta: Tensor | None = None, bias: Tensor | None = None, *,
-    epsilon: float = 1e-5, outputs: int = 1,
+    epsilon: float = 1e-12, outputs: int = 1,
 ) -> Any:  # fmt: skip
     """Return LayerNormalization(x + skip + bias), and as fourth output the sum."""
     total = x + skip if bias is None else x + skip + bias
@@ -95,7 +95,7 @@ def skip_layer_normalization(
 
 
 def skip_simplified_layer_normalization(
-    x: Tensor, skip: Tensor, gamma: Tensor, bias: Tensor | None = None, *, epsilon: float = 1e-5, outputs: int = 1
+    x: Tensor, skip: Tensor, gamma: Tensor, bias: Tensor | None = None, *, epsilon: float = 1e-12, outputs: int = 1
 ) -> Any:
     """Return RMSNormalization(x + skip + bias), and as fourth output the sum."""
     total = x + skip if bias is None else x + skip + bias

@@ -48,8 +48,9 @@ def _pads(
 
 
 def _halves(whole: Sizes, *, upper: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return totals cut in two; the odd one goes to the end (`upper`, and where it is below zero) or to the begin."""
-    begin = tuple(-(-n // 2) if n < 0 else n // 2 if upper else n - n // 2 for n in whole)
+    """Return totals cut in two; the odd one goes to the end (`upper`) or to the begin."""
+    shifted = tuple(n if upper else n + 1 for n in whole)
+    begin = tuple(-(-n // 2) if n < 0 else n // 2 for n in shifted)  # towards zero
     return begin, tuple(n - b for n, b in zip(whole, begin, strict=True))
 
 

@@ -83,9 +83,16 @@ def _bilinear(x: Tensor, y_at: Tensor, x_at: Tensor) -> tuple[Tensor, Tensor]:
     return x.flatten(-2)[..., places].movedim(-places.ndim, 0), weights
 
 
-def roi_align_10(x: Tensor, rois: Tensor, batch_indices: Tensor, **how: Any) -> Tensor:
+def roi_align_10(
+    x: Tensor, rois: Tensor, batch_indices: Tensor, *, mode: str = "avg", output_height: int = 1,
+    output_width: int = 1, sampling_ratio: int = 0, spatial_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Return boxes of images resized, coordinates not moved by half a pixel."""
-    return roi_align(x, rois, batch_indices, coordinate_transformation_mode="output_half_pixel", **how)
+    return roi_align(
+        x, rois, batch_indices, mode=mode, output_height=output_height, output_width=output_width,
+        sampling_ratio=sampling_ratio, spatial_scale=spatial_scale,
+        coordinate_transformation_mode="output_half_pixel",
+    )  # fmt: skip
 
 
 def roi_align(

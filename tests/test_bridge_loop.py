@@ -39,6 +39,7 @@ class Rows:
     feeds: dict[str, Any]
     labels: Any
     index: np.ndarray[Any, Any]
+    share: float = 1.0
     targets: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,8 +61,10 @@ class Data:
     ) -> Iterator[Rows]:
         order = np.random.default_rng([seed, epoch]).permutation(self.rows)
         for number in range(start, self.batches(batch, world)):
-            index = order[number * batch * world : (number + 1) * batch * world][rank::world]
-            yield Rows({"x": torch.from_numpy(self.x[index])}, torch.from_numpy(self.labels[index]), index)
+            whole = order[number * batch * world : (number + 1) * batch * world]
+            index = whole[rank::world]
+            share, index = (1.0, index) if len(index) else (0.0, whole[:1])
+            yield Rows({"x": torch.from_numpy(self.x[index])}, torch.from_numpy(self.labels[index]), index, share)
 
 
 class Net(nn.Module):  # type: ignore[misc]  # torch has no types here
@@ -192,7 +195,7 @@ def test_penalties_make_weights_smaller() -> None:
     for name, options in {"none": {}, "l1": {"l1": 0.02}, "groups": {"group_lasso": 0.05}}.items():
         bridge = Bridge()
         history = train(bridge, Data(), objective, settings(epochs=10, **options))
-        sizes[name] = float(bridge.parameters["w1"].abs().sum())
+        sizes[name] = float(bridge.parameters["w1"].detach().abs().sum())
         assert history.rows[-1].terms.keys() == {
             "loss",
             "cross-entropy",
@@ -227,7 +230,7 @@ def test_clipping_bounds_the_step() -> None:
     before = {name: weight.detach().clone() for name, weight in bridge.parameters.items()}
     plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0}
     train(bridge, Data(), objective, settings(**plain, steps=1, clip=1e-3, rate=1.0))
-    moved = sum(float(((weight - before[name]) ** 2).sum()) for name, weight in bridge.parameters.items())
+    moved = sum(float(((weight.detach() - before[name]) ** 2).sum()) for name, weight in bridge.parameters.items())
     assert moved**0.5 == pytest.approx(1e-3, rel=1e-3)
 
 

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +128,7 @@ class Loop:
         self.kept: Tensors | None = None
         self.step = self.epoch = self.place = self.waiting = 0
         self.quality = -math.inf
+        self.came_with = math.inf
         self.sums: dict[str, float] = {}
         self.summed = 0
         self.before = 0.0
@@ -158,17 +158,24 @@ class Loop:
         return self.history
 
     def _groups(self) -> Iterator[list[Any]]:
-        """Yield the batches of each update; where it stands counts the group that was yielded."""
+        """Yield the batches of each update; where it stands counts the group that was yielded.
+
+        Batches that are accumulated are to the data what batches of further processes are: parts of one large batch.
+        """
         plan = self.plan
         while True:
             fresh = self.place == 0
-            batches = iter(self.data.epoch(
-                self.epoch, seed=self.seed, batch=plan.batch, rank=self.group.rank, world=self.group.world,
-                start=self.place,
-            ))  # fmt: skip
-            while group := list(islice(batches, plan.accumulate)):
-                self.place += len(group)
-                yield group
+            parts = [
+                self.data.epoch(
+                    self.epoch, seed=self.seed, batch=plan.batch, rank=self.group.rank * plan.accumulate + number,
+                    world=self.group.world * plan.accumulate, start=self.place,
+                )
+                for number in range(plan.accumulate)
+            ]  # fmt: skip
+            for group in zip(*parts, strict=True):
+                self.place += 1
+                used = [batch for batch in group if getattr(batch, "share", 1.0)]
+                yield used or [group[0]]  # a process without rows takes part all the same
             if fresh and not self.place:
                 raise DataError("an epoch has no batch", at="training data", hint=f"{self.data.rows} samples")
             self.epoch, self.place = self.epoch + 1, 0
@@ -179,6 +186,7 @@ class Loop:
         if not math.isfinite(terms["loss"]):
             self._fail(terms, group)
             return
+        self.came_with = terms["loss"] if self.step == 0 else self.came_with
         rate, penalties = self.update.apply(self.step)
         if self.average is not None:
             self.average.update()
@@ -208,7 +216,7 @@ class Loop:
         quality = -mean if judged is None else judged
         quality = -math.inf if math.isnan(quality) else quality
         self.waiting = 0 if quality > self.quality else self.waiting + 1
-        if self.judge is None or quality >= self.quality:
+        if quality >= self.quality:
             self.kept = copied(values)
             self.history.best_step = self.step
             self.history.best = None if judged is None or not math.isfinite(judged) else judged
@@ -250,11 +258,13 @@ class Loop:
         """Leave the weights that are to be written in the module."""
         self.history.steps = self.step
         if self.judge is not None or self.history.failed:
-            if self.kept is not None:
-                copy_into(self.tensors, self.kept)
-            else:
-                copy_into(self.tensors, self.update.initial)
-        elif self.average is not None:
+            lost = self.judge is None and -self.quality > self.came_with  # it only became worse
+            if lost or self.kept is None:
+                self.kept, self.history.best_step = self.update.initial, 0
+            copy_into(self.tensors, self.kept)
+            return
+        self.history.best_step = self.step
+        if self.average is not None:
             copy_into(self.tensors, self.average.values)
 
     def _identity(self) -> dict[str, Any]:
@@ -270,7 +280,7 @@ class Loop:
         arrays = {f"{part}\t{name}": array(value) for part, held in parts.items() for name, value in held.items()}
         numbers = {name: getattr(self, name) for name in COUNTED}
         numbers.update(
-            quality=self.quality if math.isfinite(self.quality) else None, seconds=self.seconds, finished=finished,
+            quality=_or_none(self.quality), came_with=_or_none(self.came_with), seconds=self.seconds, finished=finished,
             averaged=self.average.updates if self.average else 0, history=self.history.to_dict(),
             scaler=self.update.scaler.state_dict(), belongs=belongs,
         )  # fmt: skip
@@ -294,6 +304,7 @@ class Loop:
         for name in COUNTED:
             setattr(self, name, numbers[name])
         self.quality = -math.inf if numbers["quality"] is None else numbers["quality"]
+        self.came_with = math.inf if numbers["came_with"] is None else numbers["came_with"]
         self.before, self.history = numbers["seconds"], History.from_dict(numbers["history"])
 
     def written(self) -> Any:
@@ -306,6 +317,10 @@ class Loop:
 
 COUNTED = ("step", "epoch", "place", "waiting", "sums", "summed")
 """Numbers of a loop that a checkpoint holds."""
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class _Keeper:

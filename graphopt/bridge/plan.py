@@ -37,7 +37,7 @@ class Plan:
         """Return the plan for some data; `fixed` is the batch that the graph prescribes."""
         batch = fixed or settings.batch
         accumulate = max(1, round(settings.batch * settings.accumulate / batch))
-        per_epoch = max(1, math.ceil(data.batches(batch, world) / accumulate))
+        per_epoch = max(1, data.batches(batch, world * accumulate))
         total = settings.steps or max(1, round(settings.epochs * per_epoch))
         return Plan(batch, accumulate, per_epoch, total, settings.evaluations, world)
 

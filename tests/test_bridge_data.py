@@ -238,6 +238,23 @@ def test_spilled_pieces_keep_types_and_odd_shapes() -> None:
     assert store.keep(np.empty((0, 2))).all().shape == (0, 2)
 
 
+def test_sequences_of_labels_are_padded_to_share_a_batch() -> None:
+    model = "steps (float[N, 5, 4] x) => (float[N, 5, 4] y) { y = Softmax <axis = -1> (x) }"
+    labels = [[1 + (i + k) % 3 for k in range(1 + i % 3)] for i in range(9)]
+    feeds = [({"x": np.full((1, 5, 4), i, np.float32)}, [labels[i]]) for i in range(9)]
+    data = loaded(feeds, model, labelled=True)
+    assert data.batches(4) == 3
+    assert labels_of(data) == {i: row + [-1] * (3 - len(row)) for i, row in enumerate(labels)}
+
+
+def test_a_loader_that_shuffles_is_read_in_one_order() -> None:
+    shuffled = torch.utils.data.DataLoader(Pairs(), batch_size=6, shuffle=True)
+    state = torch.random.get_rng_state()
+    first, second, third = (labels_of(loaded(shuffled, labelled=True, seed=seed)) for seed in (0, 0, 1))
+    assert first == second != third
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_random_subset_is_drawn_once_by_seed() -> None:
     first, again, other = (loaded([{"x": rows(50)}], subset=10, seed=s) for s in (0, 0, 1))
     assert first.rows == 10
@@ -275,6 +292,7 @@ def test_parts_are_disjoint_and_only_the_first_is_augmented() -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
+    "nothing": (None, "no samples to train on"),
     "empty": ([], "empty"),
     "no rows": ([({"x": rows(0)}, LABELS[:0])], "empty"),
     "no labels": ([{"x": rows(4)}], "labels are missing"),

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable  # noqa: E402  (after the check for torch)
+from typing import Any, TypeAlias  # noqa: E402
 
-import numpy as np
-import onnx
+import numpy as np  # noqa: E402
+import onnx  # noqa: E402
 
-from graphopt.bridge.start_from import start_from
-from graphopt.model import Model, load
-from graphopt.models import digits
-from graphopt.tensors import is_float
-from tests import test_prune_channels as nets
+from graphopt.bridge.feature_taps import feature_taps  # noqa: E402
+from graphopt.bridge.start_from import start_from  # noqa: E402
+from graphopt.kept import kept  # noqa: E402
+from graphopt.model import Model, load  # noqa: E402
+from graphopt.models import digits  # noqa: E402
+from graphopt.runtime import evaluate  # noqa: E402
+from graphopt.tensors import is_float  # noqa: E402
+from graphopt.training import DistillSettings  # noqa: E402
+from tests import test_prune_channels as nets  # noqa: E402
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -60,6 +64,24 @@ def test_the_digits_network() -> None:
     started, wanted, found = restarted(onnx.load(digits.demo_model()))
     assert set(started) == set(wanted)
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_projection_of_a_tap_starts_at_the_channels_that_are_left() -> None:
+    net = nets.Net()
+    proto = net.model(nets.residual(net))
+    pruned, teacher = nets.run(proto).model, load(proto)
+    tap = next(node.outputs[0].name for node in pruned.graph.nodes if node.name == "expand")
+    (term,) = feature_taps(pruned, teacher, DistillSettings(taps=(tap,)))
+    left = kept(next(node for node in pruned.graph.nodes if node.name == "expand"))
+    assert left is not None
+    assert term.weight is not None
+    feeds = {"x": np.random.default_rng(0).normal(size=(2, 6, 12, 12)).astype(np.float32)}
+    values = torch.from_numpy(evaluate(pruned, feeds, [tap])[tap])
+    there = evaluate(teacher, feeds, [tap])[tap]
+    projected = term.projected(values).detach().numpy()
+    assert np.array_equal(projected[:, left.indices], values.numpy())
+    assert projected.shape == there.shape
+    assert not np.delete(projected, left.indices, axis=1).any()
 
 
 def test_names_and_shapes_that_the_teacher_does_not_have_stay() -> None:

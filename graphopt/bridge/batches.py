@@ -300,7 +300,7 @@ def load_training_data(
             file.py:function, or from Python an iterable, DataLoader or function; items are feeds or (feeds, labels).
         model: what they are for.
         settings: subset, sampling, augment and batch are used.
-        seed: of the subset.
+        seed: of the subset, and of what a loader shuffles by while it is read.
         labelled: whether labels are needed.
         budget: bytes held in memory; the rest goes to a temporary file.
 
@@ -309,7 +309,7 @@ def load_training_data(
     """
     store = RowStore(budget)
     drawn = settings.subset > 0 and settings.sampling == "stratified"
-    read = read_units(spec, model, settings, store, labelled=labelled, wanted=labelled or drawn)
+    read = read_units(spec, model, settings, store, labelled=labelled, wanted=labelled or drawn, seed=seed)
     if not any(unit.rows for unit in read.units):
         raise DataError("the training data are empty", at=read.description)
     notes = [*read.notes, *([f"{human_bytes(store.spilled)} of data in a temporary file"] if store.spilled else [])]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.analysis.shapes import infer
+from graphopt.bridge.start_from import Channels, channels_left
 from graphopt.errors import SpecError, did_you_mean
 from graphopt.model import Model
 from graphopt.training import DistillSettings
@@ -55,7 +56,20 @@ def feature_taps(student: Model, teacher: Model, settings: DistillSettings) -> l
         first, second = _names(text, own, other)
         pair = [s.of(t[n]).shape for s, t, n in zip(shapes, (own, other), (first, second), strict=True)]
         terms.append(_term(first, second, pair))
+    left = channels_left(student, teacher) if any(term.weight is not None for term in terms) else {}
+    for term in terms:
+        known = left.get(term.student)
+        if known is not None and known.axis == term.axis:
+            _start_at(term.weight, known)
     return terms
+
+
+def _start_at(weight: torch.nn.Parameter | None, left: Channels) -> None:
+    """Let a pruned student's channels start as those of the teacher that they are."""
+    if weight is not None and tuple(weight.shape) == (left.width, len(left.indices)):
+        with torch.no_grad():
+            weight.zero_()
+            weight[torch.from_numpy(left.indices), torch.arange(len(left.indices))] = 1.0
 
 
 def _tensors(model: Model) -> dict[str, object]:

@@ -39,6 +39,11 @@ class Objective:
     def __init__(self) -> None:
         self.parameters: list[torch.nn.Parameter] = []
 
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say afterwards."""
+        return []
+
     def __call__(self, outputs: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """Return named terms, all scalars; `loss` is what is to become smaller.
 
@@ -93,7 +98,15 @@ class TaskObjective(Objective):
             raise DataError(f"labels for output '{name}', which no loss fits", hint=f"outputs of floats: {listed}")
         output = outputs[name]
         values, axis = score.read(outputs, output.shape)
-        case = Case(name, output, values, axis, score.maker, labels.to(output.device), self._smoothing)
+        case = Case(
+            name,
+            output if output.dtype == torch.float64 else output.float(),
+            values,
+            axis,
+            score.maker,
+            labels.to(output.device),
+            self._smoothing,
+        )
         chosen = fitting(case) if self._loss == "auto" else self._loss
         if self._smoothing and chosen not in SMOOTHED:
             raise SpecError(f"label smoothing is for classes, not for the loss '{chosen}'", at="label_smoothing")
@@ -126,6 +139,11 @@ class DistillObjective(Objective):
         self.taps = tuple(dict.fromkeys([*mine, *labels, *(term.student for term in self._features)]))
         theirs = [t for _, other in self._pairs for t in (other.tensor, *other.taps)] if settings.alpha else []
         teacher.also([*theirs, *(term.teacher for term in self._features)])
+
+    @property
+    def notes(self) -> list[str]:
+        """What the teacher has to say."""
+        return self._teacher.notes
 
     def __call__(self, outputs: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """Return `distill`, `task` and `taps`, as far as there are any, and `loss`."""

@@ -7,15 +7,18 @@ file.npz                               the same by the names of its arrays
 
 from __future__ import annotations
 
+import contextlib
+import random
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
+import torch
 
-from graphopt.bridge.row_store import Piece, RowStore, is_sparse
+from graphopt.bridge.row_store import Padded, Piece, RowStore, is_sparse
 from graphopt.data import unchecked
 from graphopt.errors import DataError, did_you_mean
 from graphopt.model import Model, ValueSpec
@@ -60,8 +63,9 @@ class Read:
 
 
 def read_units(
-    spec: Any, model: Model, settings: TrainSettings, store: RowStore, *, labelled: bool, wanted: bool = False
-) -> Read:
+    spec: Any, model: Model, settings: TrainSettings, store: RowStore, *, labelled: bool, wanted: bool = False,
+    seed: int = 0,
+) -> Read:  # fmt: skip
     """Read all data once.
 
     Args:
@@ -71,17 +75,56 @@ def read_units(
         store: holds the arrays.
         labelled: whether labels are needed.
         wanted: whether they are kept where there are any.
+        seed: of what a loader shuffles by.
 
     Raises:
         DataError: unusable; says which sample, and what would do.
     """
+    if spec is None:
+        raise DataError("there are no samples to train on", hint="name them: .npz, a folder of .npz, file.py:function")
     reader = Reader(model, store, labelled=labelled, wanted=wanted or labelled)
     found = reader.source(spec, settings.batch)
     copies = not isinstance(spec, str | Path | Sequence | Mapping) or _is_function(spec)
-    units = [
-        reader.unit(item, f"sample {index} of {found.description}", copies=copies) for index, item in enumerate(found)
-    ]
-    return Read(units, reader.rowwise, reader.batch, found.description)
+    with _seeded(seed):
+        units = [reader.unit(item, f"sample {i} of {found.description}", copies=copies) for i, item in enumerate(found)]
+    return Read(_alike_labels(units) if reader.rowwise else units, reader.rowwise, reader.batch, found.description)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed what a user's function or loader may draw from, and leave it as it was found."""
+    ours, theirs = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(theirs)
+
+
+def _alike_labels(units: list[Unit]) -> list[Unit]:
+    """Pad sequences of labels to the longest of those whose feeds are alike, so that these can share a batch."""
+    widths: dict[object, int] = {}
+    for unit in units:
+        if _is_sequence(unit.labels):
+            feeds = unit.signature[0]
+            widths[feeds] = max(widths.get(feeds, 0), unit.labels.shape[1])
+    return [_widened(unit, widths[unit.signature[0]]) if _is_sequence(unit.labels) else unit for unit in units]
+
+
+def _is_sequence(labels: Piece | dict[str, Piece] | None) -> TypeGuard[Piece]:
+    return labels is not None and not isinstance(labels, dict) and len(labels.shape) == 2 and labels.dtype.kind == "i"
+
+
+def _widened(unit: Unit, width: int) -> Unit:
+    assert _is_sequence(unit.labels)
+    if unit.labels.shape[1] == width:
+        return unit
+    wide = Padded(unit.labels, width)
+    return replace(unit, labels=wide, signature=(unit.signature[0], _types({"": wide})))
 
 
 def _is_function(spec: Any) -> bool:

@@ -103,6 +103,35 @@ class _Spilled:
         return np.frombuffer(bytearray(self.file.read(size)), self.dtype)
 
 
+@dataclass(frozen=True)
+class Padded:
+    """A piece of rank 2 of whole numbers, made wider: -1 behind what it holds."""
+
+    piece: Piece
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape with the padding."""
+        return (self.piece.shape[0], self.width)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the elements."""
+        return self.piece.dtype
+
+    def take(self, rows: Array) -> Array:
+        """Return these rows."""
+        return self._padded(self.piece.take(rows))
+
+    def all(self) -> Array:
+        """Return the whole array."""
+        return self._padded(self.piece.all())
+
+    def _padded(self, values: Array) -> Array:
+        return np.pad(values, ((0, 0), (0, self.width - values.shape[1])), constant_values=-1)
+
+
 class RowStore:
     """Keeps arrays.
 

@@ -37,7 +37,7 @@ _LAYERS: Mapping[str, tuple[int, int]] = {"Conv": (0, 1), "ConvTranspose": (1, 0
 
 
 @dataclass(frozen=True)
-class _Channels:
+class Channels:
     """Which of the teacher's channels a tensor of the student has.
 
     Attributes:
@@ -71,7 +71,7 @@ def start_from(student: Model, teacher: Model) -> list[str]:
     mine, theirs = _weights(student), _weights(teacher)
     common = {name: theirs[name] for name in mine if name in theirs}
     cut = {name for name, other in common.items() if tuple(mine[name].shape) != tuple(other.shape)}
-    found = _Tracer(student, common).run() if cut else {}
+    found = Tracer(student, common).axes if cut else {}
     started = []
     for name, other in common.items():
         shape = tuple(mine[name].shape)
@@ -86,7 +86,7 @@ def _weights(model: Model) -> dict[str, gs.Constant]:
     return {c.name: c for c in model.constants() if c.name and is_float(c.dtype)}
 
 
-def _part(values: Array, shape: tuple[int, ...], axes: Mapping[int, _Channels]) -> Array | None:
+def _part(values: Array, shape: tuple[int, ...], axes: Mapping[int, Channels]) -> Array | None:
     """Return the channels that are left, None where the notes do not lead to that shape."""
     if values.ndim != len(shape):
         return None
@@ -99,24 +99,39 @@ def _part(values: Array, shape: tuple[int, ...], axes: Mapping[int, _Channels]) 
     return values
 
 
-class _Tracer:
-    """Follows channels through a student."""
+def channels_left(student: Model, teacher: Model) -> dict[str, Channels]:
+    """Return which of the teacher's channels tensors of a pruned student have, by name, as far as that is known."""
+    return Tracer(student, _weights(teacher)).tensors
+
+
+class Tracer:
+    """Follows channels through a student.
+
+    Args:
+        student: a pruned model.
+        theirs: weights of the teacher by name.
+
+    Attributes:
+        axes: for each weight, which channels it has along its axes.
+    """
 
     def __init__(self, student: Model, theirs: Mapping[str, gs.Constant]) -> None:
         self._graph, self._theirs = student.graph, theirs
         self._shapes = Shapes(student)
-        self._of: dict[int, _Channels] = {}
-        self._axes: dict[str, dict[int, _Channels]] = {}
-
-    def run(self) -> dict[str, dict[int, _Channels]]:
-        """Return, for each weight, which channels it has along its axes."""
+        self._of: dict[int, Channels] = {}
+        self.axes: dict[str, dict[int, Channels]] = {}
         for node in self._graph.nodes:
             made = self._layer(node) if node.op in _LAYERS else self._other(node)
             if made is not None and node.outputs:
                 self._of[id(node.outputs[0])] = made
-        return self._axes
 
-    def _layer(self, node: gs.Node) -> _Channels | None:
+    @property
+    def tensors(self) -> dict[str, Channels]:
+        """Which channels tensors have, by name."""
+        made = (tensor for node in self._graph.nodes for tensor in node.outputs)
+        return {tensor.name: self._of[id(tensor)] for tensor in made if id(tensor) in self._of}
+
+    def _layer(self, node: gs.Node) -> Channels | None:
         out, read = _LAYERS[node.op]
         if node.op == "Gemm" and node.attrs.get("transB", 0):
             out, read = read, out
@@ -140,7 +155,7 @@ class _Tracer:
             self._note(node.inputs[2], len(node.inputs[2].shape or ()) - 1, made)
         return made
 
-    def _own(self, node: gs.Node, axis: int) -> _Channels | None:
+    def _own(self, node: gs.Node, axis: int) -> Channels | None:
         """Return what the note at a layer says of its outputs, None without one."""
         other, said = self._theirs.get(node.inputs[1].name), kept(node)
         if other is None or said is None or not other.outputs:
@@ -148,9 +163,9 @@ class _Tracer:
         group = int(node.attrs.get("group", 1)) if node.op == "ConvTranspose" else 1
         size = int(other.shape[axis]) * group
         indices = positions(other.outputs[0], node, size)
-        return _Channels(size, indices, 1) if not len(indices) or int(indices.max()) < size else None
+        return Channels(size, indices, 1) if not len(indices) or int(indices.max()) < size else None
 
-    def _other(self, node: gs.Node) -> _Channels | None:
+    def _other(self, node: gs.Node) -> Channels | None:
         if node.op == "Concat":
             return self._joined(node)
         source = next((t for t in node.inputs if id(t) in self._of), None)
@@ -166,7 +181,7 @@ class _Tracer:
             return found if self._same_size(source, node.outputs[0], found.axis) else None
         return self._elementwise(node, source, found) if node.op in _KEEP_AXES else None
 
-    def _elementwise(self, node: gs.Node, source: gs.Tensor, found: _Channels) -> _Channels | None:
+    def _elementwise(self, node: gs.Node, source: gs.Tensor, found: Channels) -> Channels | None:
         """Note constants that stand beside channels; return where those are in the output."""
         before, after = self._rank(source), self._rank(node.outputs[0])
         if before is None or after is None:
@@ -181,7 +196,7 @@ class _Tracer:
         out = replace(found, axis=after - behind)
         return out if self._size(node.outputs[0], out.axis) == len(found.indices) else None
 
-    def _regrouped(self, node: gs.Node, found: _Channels) -> _Channels | None:
+    def _regrouped(self, node: gs.Node, found: Channels) -> Channels | None:
         """Return where channels are after a reshape: as they were, or each of them a run of a merged axis."""
         before, after = (self._shapes.of(t).shape for t in (node.inputs[0], node.outputs[0]))
         if before is None or after is None:
@@ -195,7 +210,7 @@ class _Tracer:
             return replace(found, axis=len(after) - 1)
         return None
 
-    def _joined(self, node: gs.Node) -> _Channels | None:
+    def _joined(self, node: gs.Node) -> Channels | None:
         """Return the channels of tensors side by side; those that nothing is known of are whole."""
         rank = self._rank(node.outputs[0])
         if rank is None:
@@ -208,12 +223,12 @@ class _Tracer:
         for tensor in node.inputs:
             part, size = self._of.get(id(tensor)), self._size(tensor, axis)
             if part is None and isinstance(size, int):
-                part = _Channels(size, np.arange(size), axis)
+                part = Channels(size, np.arange(size), axis)
             if part is None or part.axis != axis:
                 return None
             parts.append(part.indices + width)
             width += part.width
-        return _Channels(width, np.concatenate(parts), axis)
+        return Channels(width, np.concatenate(parts), axis)
 
     def _rank(self, tensor: gs.Tensor) -> int | None:
         return self._shapes.of(tensor).rank
@@ -225,9 +240,9 @@ class _Tracer:
     def _same_size(self, tensor: gs.Tensor, other: gs.Tensor, axis: int) -> bool:
         return self._size(tensor, axis) == self._size(other, axis) is not None
 
-    def _note(self, tensor: gs.Tensor, axis: int, channels: _Channels | None) -> None:
+    def _note(self, tensor: gs.Tensor, axis: int, channels: Channels | None) -> None:
         if channels is not None and isinstance(tensor, gs.Constant):
-            self._axes.setdefault(tensor.name, {})[axis] = channels
+            self.axes.setdefault(tensor.name, {})[axis] = channels
 
 
 def _alike(before: Shape, axis: int, after: Shape, other: int) -> bool:

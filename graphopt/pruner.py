@@ -46,6 +46,9 @@ from graphopt.tensors import is_float
 LOUD = 10.0
 """Signal to noise, dB, below which a report says how little is left."""
 
+SAME_WEIGHTS = spec.parse("repeat(simplify-shapes, fold-constants, eliminate-identity, eliminate-dead)")
+"""Passes that make a graph simpler and leave its weights as they are."""
+
 CLOSE = 0.02
 """Bisection ends when what is known to keep the bound and what is known to miss it lie so near each other."""
 
@@ -162,7 +165,7 @@ class _Task(LossyTask):
     def base(self) -> Model:
         """The canonical model, made once: what is cut."""
         if self._base is None:
-            self._base = self.canonical()
+            self._base = self.run_passes(self._before(), self.original, self.given.feeds).model
         return self._base
 
     @property
@@ -320,10 +323,20 @@ class _Task(LossyTask):
         notes = [note for record in first.values() for note in record.notes]
         return Cut(lowered.model, (*steps, *finish), rows, blocks, notes, changed)
 
+    def _before(self) -> tuple[spec.Step, ...]:
+        """Return what stands before the cut: gradients know the weights of the original only."""
+        return self.prefix() if self.request.gradients is None else SAME_WEIGHTS
+
     def finish(self) -> tuple[spec.Step, ...]:
         """Return what stands behind the cut."""
         dead = spec.PassStep("eliminate-dead")
-        return (dead, *self.lowering(), spec.PassStep("eliminate-common"), dead)
+        return (
+            dead,
+            *(() if self.request.gradients is None else self.prefix()),
+            *self.lowering(),
+            spec.PassStep("eliminate-common"),
+            dead,
+        )
 
     def _rows(self, made: Result) -> list[GroupRow]:
         after = {group.name: group.size for group in self._groups_of(made.model).groups}
@@ -367,7 +380,7 @@ class _Task(LossyTask):
 
     def _finished(self, found: Cut, timing: Comparison | None) -> Pruned:
         order_constants(found.model.graph)  # so that a replay writes the same bytes
-        pipeline = Pipeline((*self.prefix(), *found.steps))
+        pipeline = Pipeline((*self._before(), *found.steps))
         report = self._report(found.model, found.rows)
         report.blocks, report.notes = found.blocks, list(dict.fromkeys(found.notes))
         report.pipeline, report.quality, report.timing = str(pipeline), found.quality, timing

@@ -37,9 +37,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(
         (
             "TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor", "SVMClassifier", "SVMRegressor",
-            "LinearClassifier", "LinearRegressor",
+            "LinearClassifier", "LinearRegressor", "ArrayFeatureExtractor", "Binarizer", "FeatureVectorizer", "Imputer",
+            "Normalizer", "OneHotEncoder", "Scaler", "ZipMap",
         ),
-        ("it is not a neural network's operator", "train such a model with the library that it came from"),
+        ("it is no operator of neural networks", "train such a model with the library that it came from"),
     ),
     **dict.fromkeys(
         ("Adagrad", "Adam", "Momentum", "Gradient"),
@@ -58,6 +59,5 @@ REFUSED: Mapping[str, tuple[str, str]] = {
 
 def refusal(op: str) -> tuple[str, str]:
     """Return why an operator that is not in the table cannot be trained, and what helps."""
-    return REFUSED.get(
-        op, ("the bridge does not know it", "graphopt optimize may lower it; else cut the model before it")
-    )
+    unknown = ("the bridge does not know it", "graphopt optimize may lower it; else cut the model before it")
+    return REFUSED.get(op, unknown)

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.data import load_samples
-from graphopt.errors import DataError, ProviderError
+from graphopt.errors import DataError, GraphoptError, ProviderError
 from graphopt.model import Model, from_snapshot, load
 from graphopt.pipeline import Pipeline, Result, Settings
 from graphopt.registry import get
@@ -174,9 +174,9 @@ def test_gradual_schedule(trainer: Trainer) -> None:
 
 
 def test_options_of_a_schedule_are_checked_at_once() -> None:
-    with pytest.raises(Exception, match="amount lies between 0 and 1"):
+    with pytest.raises(GraphoptError, match="amount lies between 0 and 1"):
         Pipeline("gradual{times=2}(sparsify-weights{amount={from=0.0, to=1.5}}, distill)")
-    with pytest.raises(Exception, match="must be of type float"):
+    with pytest.raises(GraphoptError, match="must be of type float"):
         Pipeline("sparsify-weights{amount={from=0.0, to=0.5}}")
 
 
@@ -260,5 +260,5 @@ def test_options_are_the_settings(name: str) -> None:
     if name in ("distill", "finetune"):
         kind = DistillSettings if name == "distill" else TrainSettings
         assert set(vars(kind())) < set(options)
-    with pytest.raises(Exception, match="unknown optimizer 'adan'"):
+    with pytest.raises(GraphoptError, match="unknown optimizer 'adan'"):
         Pipeline("distill{optimizer=adan}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from graphopt.runtime import Session
 
 torch = pytest.importorskip("torch")
 
-from graphopt.bridge.graph import TrainableGraph  # noqa: E402  (torch may be missing)
+from graphopt.bridge.coverage import computed, refused  # noqa: E402  (torch may be missing)
+from graphopt.bridge.graph import TrainableGraph  # noqa: E402
+from graphopt.bridge.ops import OPS  # noqa: E402
+from graphopt.bridge.refusals import REFUSED  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 
@@ -268,3 +272,10 @@ def test_random_nodes_equal_ort(make: Callable[[Draw], Case], seed: int) -> None
         ran += found is not None
         assert found is None or found < TOLERANCE, (found, case)
     assert ran >= 15, "ORT runs most of them"
+
+
+def test_the_page_lists_the_operators() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "bridge.md").read_text()
+    assert computed() in page, "print it with python -m graphopt.bridge.coverage"
+    assert refused() in page, "print it with python -m graphopt.bridge.coverage"
+    assert not {op for domain, op in OPS if not domain} & REFUSED.keys(), "computed or refused"

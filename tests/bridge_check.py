@@ -41,7 +41,7 @@ def check(source: Source, feeds: Feeds, *, stored: float = 0.0, exact: bool = Tr
     perturb(bridge)
     back = bridge.write_back()
     assert difference(bridge, back, feeds) < FORWARD + stored
-    assert_only_trained_changed(model, back, bridge.parameters)
+    assert_only_trained_changed(model, back, bridge.values())
     return bridge
 
 

@@ -83,7 +83,7 @@ class Slot:
         held = self.read()
         if held.dtype == array.dtype and held.tobytes() == array.tobytes():
             return
-        values = _stored_like(_lazy(self), self.tensor.name, np.ascontiguousarray(array).reshape(array.shape))
+        values = _stored_like(_lazy(self), np.ascontiguousarray(array).reshape(array.shape))
         if isinstance(self.tensor, gs.Constant):
             self.tensor._values, self.tensor.origin = values, values
             return
@@ -156,21 +156,17 @@ def _came_from(constant: gs.Constant) -> Any:
     return held if same else constant._values
 
 
-def _stored_like(old: Any, name: str, array: Array) -> Any:
+def _stored_like(old: Any, array: Array) -> Any:
     """Return an array in the form that `old` has."""
     if isinstance(old, LazySparse):
         return _sparse_like(old, array)
-    proto = old.header(name) if isinstance(old, LazyTensor) else onnx.TensorProto(name=name)
-    name = proto.name
-    proto.ClearField("dims")
-    encode_into(proto, array, name)
-    if isinstance(old, LazyTensor):  # packing small types starts a new message
-        header = old.header(name)
-        proto.doc_string, proto.name = header.doc_string, name
-        del proto.metadata_props[:]
-        proto.metadata_props.extend(header.metadata_props)
-        if not header.HasField("doc_string"):
-            proto.ClearField("doc_string")
+    proto = onnx.TensorProto()
+    encode_into(proto, array, "")
+    if isinstance(old, LazyTensor):
+        for field in ("name", "doc_string"):
+            if old.tensor.HasField(field):
+                setattr(proto, field, getattr(old.tensor, field))
+        proto.metadata_props.extend(old.tensor.metadata_props)
     return LazyTensor(proto)
 
 

@@ -25,6 +25,7 @@ from graphopt.base import Change, Context, Pass
 from graphopt.codes import Affine, WeightMethod, activation_code, weight_code
 from graphopt.edit import Edit, is_output, label, make_node, replace_output
 from graphopt.errors import DataError
+from graphopt.exact_codes import exact_activation, exact_weight, phase_of
 from graphopt.names import left_out
 from graphopt.ops import is_standard
 from graphopt.registry import register
@@ -64,6 +65,8 @@ class QuantizeStatic(Pass):
         only, skip: globs of layer names; what `only` does not name, or `skip` does, stays float.
         ranges: method of `graphopt.ranges` for activations.
         weights: `absmax`, or `mse` for the scale with the least squared error of the weight.
+        exact: scales with which integer and float arithmetic give the same codes (`graphopt.exact_codes`); ranges get
+            up to twice as wide, so train afterwards.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -73,6 +76,7 @@ class QuantizeStatic(Pass):
     skip: tuple[str, ...] = ()
     ranges: str = "min-max"
     weights: WeightMethod = "absmax"
+    exact: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that are none of the choices.
@@ -132,9 +136,16 @@ class QuantizeStatic(Pass):
     def _change(
         self, graph: gs.Graph, ctx: Context, chosen: list[gs.Node], placement: Placement, calibration: Calibration
     ) -> Change:
-        writer = _Writer(graph, ctx, placement, self.weights)
-        for number, members in placement.groups.items():
-            writer.codes[number] = self._code(calibration, members, ctx)
+        codes = {number: self._code(calibration, members, ctx) for number, members in placement.groups.items()}
+        phase = None
+        if self.exact:
+            bounded = {
+                number: any(_is_cut(placement, m) for m in members) for number, members in placement.groups.items()
+            }
+            phase = phase_of((code, bounded[number]) for number, code in codes.items())
+            codes = {n: exact_activation(code, phase, bounded=bounded[n]) for n, code in codes.items()}
+        writer = _Writer(graph, ctx, placement, self.weights, phase)
+        writer.codes.update(codes)
         what = f"{len(chosen)} layers and {len(placement.integer) - len(chosen)} operators between them in int8"
         return Change("the model", what, f"{ctx.target.provider} has integer kernels for them", writer.write)
 
@@ -147,14 +158,16 @@ class QuantizeStatic(Pass):
                 ctx.notes.append(f"tensor '{coded.tensor.name}': {problem}")
             found.append(calibration.range(coded.tensor.name, self.ranges))
         code = activation_code(min(r.low for r in found), max(r.high for r in found), ACTIVATION)
-        return _whole(code, members[0].tensor) if len(members) == 1 else code
+        return _whole(code, members[0].tensor) if len(members) == 1 and not self.exact else code
 
 
 class _Writer:
     """Writes codes into a graph."""
 
-    def __init__(self, graph: gs.Graph, ctx: Context, placement: Placement, weights: WeightMethod) -> None:
-        self.graph, self.ctx, self.placement, self.weights = graph, ctx, placement, weights
+    def __init__(
+        self, graph: gs.Graph, ctx: Context, placement: Placement, weights: WeightMethod, phase: float | None = None
+    ) -> None:
+        self.graph, self.ctx, self.placement, self.weights, self.phase = graph, ctx, placement, weights, phase
         self.codes: dict[int, Affine] = {}
         self._scales: dict[int, tuple[gs.Constant, gs.Constant]] = {}
         self._scale_of: dict[int, gs.Constant] = {}
@@ -264,6 +277,8 @@ class _Writer:
         if key not in self._constants:
             values = _floats(tensor)
             code = activation_code(float(values.min(initial=0)), float(values.max(initial=0)), ACTIVATION)
+            if self.phase is not None:
+                code = exact_activation(code, self.phase, bounded=False)
             self._constants[key] = self._stored(edit, tensor.name, code, values)
         return self._constants[key]
 
@@ -278,8 +293,8 @@ class _Writer:
             values = _floats(weight)
             axis = output_axis(node)
             code = weight_code(values, axis, method=self.weights)
-            if bias is not None:
-                code = _roomy(code, _floats(bias).reshape(-1), input_scale)
+            roomy = code if bias is None else _roomy(code, _floats(bias).reshape(-1), input_scale)
+            code = roomy if self.phase is None else exact_weight(roomy, values, None if roomy is code else roomy.scale)
             self._constants[key] = self._stored(edit, weight.name, code, values)
         made = self._constants[key]
         edit.set_input(node, index, made)
@@ -323,6 +338,12 @@ def _unfit(calibration: Calibration, name: str, method: str) -> str:
     if width > OUTLIERS * most > 0.0:
         return f"has values so large ({max(-found.low, found.high):.3g}) that one code would stand for all others"
     return ""
+
+
+def _is_cut(placement: Placement, coded: Coded) -> bool:
+    """Tell whether the end of a tensor's code stands for a Clip that goes."""
+    producer = coded.tensor.inputs[0] if coded.tensor.inputs else None
+    return coded.replaced and producer is not None and placement.is_folded(producer) and is_standard(producer, "Clip")
 
 
 def _folded(placement: Placement, node: gs.Node) -> list[gs.Tensor]:

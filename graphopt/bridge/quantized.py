@@ -1,12 +1,16 @@
 """Quantized (QDQ) models that are trained: codes through floats, scales through logarithms, biases tied.
 
-    DequantizeLinear(codes, s, z)    trained as   (q - z) s,  q = clip(round(w / s)) + z,  w = (codes - z) s at first
+    DequantizeLinear(codes, s, z)    trained as   (q - z) s,  q = clip(round(u p / s)) + z,  u p = (codes - z) s first
     scale s                          trained as   s = s0 exp(t), t = 0 at first: always positive, exact where untrained
     int32 bias b of a layer          trained as   round(b / (s_x s_w)) s_x s_w
 
 The scale of a bias is always the product of the scales of the layer's input and weight: integer kernels take it for
 that whatever is stored, so it is written back as that, too.  Zero points stay.  Codes that use 7 of their 8 bits in a
-channel keep to those (processors without VNNI).
+channel keep to those (processors without VNNI), scales of at most three binary digits keep those (sums are exact then, and codes
+the same whatever computes them).
+
+The unit u of a channel is a power of two near its largest weight: a rate means the same change relative to what a
+channel's codes can hold, however small folding BatchNormalization has made its weights.
 
 Sources: Jacob et al. 2018 (training with simulated quantization); Esser et al., LSQ, ICLR 2020 (scales); Jain et al.,
 TQT, MLSys 2020 (logarithms of scales).
@@ -43,6 +47,8 @@ DEQUANTIZER = "DequantizeLinear"
 _DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft"})
 _BIAS = np.dtype(np.int32)
 _SEVEN_BITS = (-64, 63)
+_SUMS = 1 << 13
+"""Sums of products of codes: a few tens of the 2^15 that one may be."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,22 @@ class Coded:
         """Return the floats that the stored codes stand for, float32."""
         shifted = self.codes.astype(np.float64) - self._spread(self.zero)
         return np.asarray(shifted * self._spread(self.scale), np.float32)
+
+    def unit(self) -> Array:
+        """Return what parameters are multiplied by, float32, shaped as `scale`: powers of two, which round nothing.
+
+        A weight at the end of its code's range is between 1/2 and 1 units, a bias about as large as its layer's sums.
+        """
+        high = _SUMS if self.codes.dtype == _BIAS else max(abs(limit) for limit in code_range(self.codes.dtype))
+        return np.asarray(np.exp2(np.ceil(np.log2(self.scale.astype(np.float64) * high))), np.float32)
+
+    def start(self) -> Array:
+        """Return what the parameter begins as."""
+        return np.asarray(self.master() / self._spread(self.unit()), np.float32)
+
+    def floats(self, parameter: Array) -> Array:
+        """Return the floats that a parameter stands for."""
+        return np.asarray(parameter * self._spread(self.unit()), np.float32)
 
     def limits(self) -> tuple[Array, Array]:
         """Return the smallest and largest code of each scale, float32."""
@@ -139,7 +161,7 @@ class Quantized:
     def start(self, key: str) -> Array | None:
         """Return what a trained slot's parameter begins as, None for slots that have nothing to do with codes."""
         if key in self.coded:
-            return self.coded[key].master()
+            return self.coded[key].start()
         return np.zeros(self._stored[key].shape, np.float32) if key in self.scales else None
 
     def forms(self, root: nn.Module, names: Mapping[str, str], trained: Collection[str]) -> dict[str, Form]:
@@ -154,20 +176,25 @@ class Quantized:
         for key, leader in self.scales.items():
             if leader in trained:
                 stored = _buffer(root, f"{names[key]}_stored", self._stored[key])
-                half = self._stored[key].dtype == np.float16
-                made[names[key]] = Form(learned_scale, (names[leader], stored), {"half": half})
+                made[names[key]] = Form(learned_scale, (names[leader], stored), self._kept(key))
         for key, coded in self.coded.items():
             if key not in trained and not self._moves(coded, trained):
                 continue
-            master = names[key] if key in trained else _buffer(root, f"{names[key]}_float", coded.master())
+            master = names[key] if key in trained else _buffer(root, f"{names[key]}_float", coded.start())
             if coded.tied is not None:
                 like = _buffer(root, f"{names[coded.scale_key]}_stored", coded.scale)
                 made[names[coded.scale_key]] = Form(tied_scale, (*(names[s] for s in coded.tied), like))
             held = {"zero": coded.zero, **dict(zip(("low", "high"), coded.limits(), strict=True)), "mask": coded.mask}
             rest = [_buffer(root, f"{names[key]}_{p}", array) for p, array in held.items() if array is not None]
+            unit = _buffer(root, f"{names[key]}_unit", coded.unit())
             options = {"axis": coded.axis, "block_size": coded.block}
-            made[names[key]] = Form(encode, (master, names[coded.scale_key], *rest), options)
+            made[names[key]] = Form(encode, (master, unit, names[coded.scale_key], *rest), options)
         return made
+
+    def _kept(self, key: str) -> dict[str, bool]:
+        """Return which form a scale keeps while it is trained."""
+        stored = self._stored[key]
+        return {"half": stored.dtype == np.float16, "whole": bool((np.frexp(stored)[0] * 8 % 1 == 0).all())}
 
     def _moves(self, bias: Coded, trained: Collection[str]) -> bool:
         """Tell whether the scale of a bias changes with those of its layer."""
@@ -179,7 +206,8 @@ class Quantized:
         step = trained.get(self.scales.get(key, ""))
         if step is None:
             return np.asarray(stored, np.float32)
-        found = to_numpy(learned_scale(step.detach().cpu(), torch.tensor(stored.astype(np.float32))))
+        held = torch.tensor(stored.astype(np.float32))
+        found = to_numpy(learned_scale(step.detach().cpu(), held, **self._kept(key)))
         return np.asarray(normal(found).astype(stored.dtype), np.float32).reshape(stored.shape)
 
     def values(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Array]:
@@ -194,7 +222,7 @@ class Quantized:
             if leader in trained:
                 out[key] = self.scale_of(key, trained).astype(self._stored[key].dtype)
         for key, coded in self.coded.items():
-            master = to_numpy(trained[key], np.dtype(np.float32)) if key in trained else None
+            master = coded.floats(to_numpy(trained[key], np.dtype(np.float32))) if key in trained else None
             if coded.tied is not None:
                 if master is not None or self._moves(coded, trained):
                     scale = self._product(coded, trained)

@@ -81,6 +81,7 @@ def two(folder: Path, options: dict[str, Any]) -> list[list[str]]:
     return [finish(process) for process in processes]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     """44 rows in batches of 16 end with one of 12; the graph's own dropout is off, since each process draws its own."""
     options = {"epochs": 3, "optimizer": "sgd", "rate": 0.1, "clip": 1.0, "l1": 1e-3, "dropout": 0.0}
@@ -95,3 +96,21 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     losses = [[row["terms"].get("loss") for row in history(tmp_path / run)["rows"]] for run in ("one", "two")]
     assert losses[0][1:] == pytest.approx(losses[1][1:], abs=1e-5)
     assert (tmp_path / "two" / "checkpoint" / "model.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "stopped", "steps"),
+    [
+        ({"poisoned": 1}, "the loss of update 5 is nan: an input of another process holds values", 4),
+        ({"patience": 2, "weight_decay": 0.5, "optimizer": "adamw"}, "no better quality in 2 evaluations", 6),
+    ],
+)
+def test_two_processes_stop_together(tmp_path: Path, options: dict[str, Any], stopped: str, steps: int) -> None:
+    two(tmp_path, {"epochs": 9, "batch": 8, "rate": 0.1, **options})
+    found = history(tmp_path)
+    assert found["stopped"].startswith(stopped)
+    assert found["steps"] == steps
+    first, second = weights(tmp_path), weights(tmp_path, 1)
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+    assert all(np.isfinite(values).all() for values in first.values())

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,21 @@ def graph(settings: TrainSettings, model: Model, taps: tuple[str, ...] = ()) -> 
     )  # fmt: skip
 
 
+class Poisoned:
+    """Data whose second batch of the second epoch is infinite in one process."""
+
+    def __init__(self, data: TrainingData, rank: int) -> None:
+        self.data, self.rank = data, rank
+        self.rows, self.batch, self.batches = data.rows, data.batch, data.batches
+
+    def epoch(self, epoch: int, **options: Any) -> Iterator[Any]:
+        """Yield the batches of an epoch."""
+        for number, batch in enumerate(self.data.epoch(epoch, **options)):
+            if (epoch, number, options["rank"]) == (1, 1, self.rank):
+                batch.feeds["x"] = batch.feeds["x"] * float("inf")
+            yield batch
+
+
 def norm(model: Model) -> float:
     """Judge a model by a number that any change of it changes."""
     return float(sum(np.abs(np.asarray(c.values)).sum() for c in model.constants()))
@@ -78,7 +94,7 @@ def main(folder: Path, options: dict[str, Any], pause: float = 0.0) -> None:
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
     options = dict(options)
-    resume, judged, dropout = options.pop("resume", False), options.pop("judged", True), options.pop("dropout", 0.2)
+    resume, dropout, poisoned = options.pop("resume", False), options.pop("dropout", 0.2), options.pop("poisoned", -1)
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     settings = TrainSettings(**given)
     model = load(image_net(dropout=dropout))
@@ -92,7 +108,7 @@ def main(folder: Path, options: dict[str, Any], pause: float = 0.0) -> None:
             time.sleep(pause)
 
     history = loop.train(
-        bridge, images(model, settings), objective, settings, judge=norm if judged else None, seed=5,
+        bridge, Poisoned(images(model, settings), poisoned), objective, settings, judge=norm, seed=5,
         checkpoint=folder / "checkpoint", resume=resume, progress=progress, checkpoint_seconds=0.0,
     )  # fmt: skip
     found: dict[str, Any] = bridge.values()

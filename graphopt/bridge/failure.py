@@ -12,22 +12,22 @@ from graphopt.training import TrainSettings
 CALMER = "a lower rate, clip or a longer warmup helps"
 
 
+def broken_input(feeds: Iterable[Mapping[str, Any]]) -> str:
+    """Return the name of an input that holds values that are no numbers, '' where none does."""
+    return next((name for feed in feeds for name, value in feed.items() if not _finite(value)), "")
+
+
 def likely_reason(
-    terms: Mapping[str, float], feeds: Iterable[Mapping[str, Any]], weights: Mapping[str, Any],
-    settings: TrainSettings, *, step: int,
+    terms: Mapping[str, float], weights: Mapping[str, Any], settings: TrainSettings, *, step: int
 ) -> str:  # fmt: skip
-    """Return a clause that says what went wrong, and what may help.
+    """Return a clause that says what went wrong where the input is not to blame, and what may help.
 
     Args:
         terms: the loss and its terms, not all of them finite.
-        feeds: the inputs that gave them.
         weights: trained tensors as they were then.
         settings: what training was asked for.
         step: updates before.
     """
-    bad = sorted({name for feed in feeds for name, value in feed.items() if not _finite(value)})
-    if bad:
-        return f"input '{bad[0]}' holds values that are no numbers: the data need cleaning"
     broken = [name for name, weight in weights.items() if not _finite(weight)]
     if broken and step == 0:
         return f"'{broken[0]}' held values that are no numbers before training"

@@ -19,7 +19,7 @@ import torch
 
 from graphopt.bridge import checkpoints
 from graphopt.bridge.averaging import Average, Tensors, array, copied, copy_into, shown
-from graphopt.bridge.failure import likely_reason
+from graphopt.bridge.failure import broken_input, likely_reason
 from graphopt.bridge.history import History, Row
 from graphopt.bridge.parallel import Team, team
 from graphopt.bridge.parts import Data, Judge, Loss, Progress, Trainable
@@ -203,8 +203,12 @@ class Loop:
         self._tell(terms["loss"], rate, first)
 
     def _fail(self, terms: dict[str, float], group: list[Any]) -> None:
-        weights = {name: array(tensor) for name, tensor in self.tensors.items()}
-        why = likely_reason(terms, [batch.feeds for batch in group], weights, self.settings, step=self.step)
+        bad = broken_input(batch.feeds for batch in group)
+        if self.group.any(bool(bad)):
+            where = f"input '{bad}'" if bad else "an input of another process"
+            why = f"{where} holds values that are no numbers: the data need cleaning"
+        else:
+            why = likely_reason(terms, self.tensors, self.settings, step=self.step)
         self.history.failed = True
         self.history.stopped = f"the loss of update {self.step + 1} is {terms['loss']}: {why}"
 

@@ -58,6 +58,12 @@ class Team:
         distributed.broadcast(held, 0)
         return float(held)
 
+    def any(self, flag: bool) -> bool:
+        """Tell whether any process says yes."""
+        held = torch.tensor([float(flag)])
+        self.add_up([held])
+        return bool(held)
+
     def wait(self) -> None:
         """Wait for all."""
         if self.world > 1:

@@ -42,6 +42,9 @@ UNRUNNABLE = {
 TRAINS = {"distill": "distill{steps=2}"}
 """Passes that need torch -> how they are run here."""
 
+NOT_FINITE = {"canonicalize-constants", "canonicalize-division-refused", "fold-affine-refused"}
+"""Models whose outputs are infinite or NaN on random feeds: there is nothing to learn."""
+
 LABELLED = {"finetune", "take-gradients"}
 """Passes that need labels, which no graph has of itself: see `test_train_passes.py`."""
 
@@ -145,6 +148,8 @@ def test_every_pass_keeps_its_promises(name: str, pass_name: str) -> None:
     samples = None
     if pass_name in TRAINS:
         pytest.importorskip("torch")
+        if name in NOT_FINITE:
+            pytest.skip("its outputs are no numbers that could be learned")
     step = TRAINS.get(pass_name, pass_name)
     if cls.exactness == "lossy":
         samples = load_samples([feeds(golden.model, seed=seed) for seed in range(2)], load(golden.model))

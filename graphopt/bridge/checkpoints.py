@@ -30,6 +30,8 @@ from graphopt.training import TrainSettings
 FORMAT = "graphopt training 1"
 FILES = ("model.onnx", "state.npz", "state.json")
 
+NEEDED = {"arrays", "belongs", "finished"}
+
 Array = np.ndarray[Any, Any]
 
 
@@ -136,7 +138,7 @@ def _numbers(folder: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"the checkpoint is damaged: {error}", at=str(path), hint="remove the folder") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not isinstance(document, dict) or document.get("format") != FORMAT or not document.keys() >= NEEDED:
         raise DataError("this is no checkpoint of graphopt", at=str(path), hint="name another folder")
     return document
 

@@ -140,7 +140,10 @@ class Loop:
         belongs = self._identity() if keeper else {}
         state = keeper.load(belongs) if keeper and resume else None
         if state is not None:
-            self._restore(state)
+            try:
+                self._restore(state)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise DataError(f"the checkpoint is damaged: {error}", at="state.json", hint="remove it") from error
             if state.numbers["finished"]:
                 return self.history
         elif self.judge is not None:

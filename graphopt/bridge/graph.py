@@ -23,11 +23,11 @@ from graphopt.bridge.host import to_numpy, to_torch
 from graphopt.bridge.module import GraphModule
 from graphopt.bridge.quantized import find_quantized
 from graphopt.bridge.roles import FIXED, LEARNED, SCALAR, STATISTICS, Role, channel_axis, reached, role_of
-from graphopt.bridge.slots import Array, Slot, slots_of
 from graphopt.errors import DataError, ModelError, SpecError, did_you_mean
 from graphopt.importer import origin
 from graphopt.model import Model, Source, load
 from graphopt.names import fits, matches
+from graphopt.slots import Array, Slot, slots_of
 from graphopt.sparse_marks import marks
 from graphopt.tensors import is_float
 

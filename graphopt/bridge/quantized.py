@@ -32,11 +32,11 @@ from graphopt.analysis.integer_layers import FORMS
 from graphopt.bridge.builder import Form
 from graphopt.bridge.host import to_numpy
 from graphopt.bridge.ops_quant import encode, learned_scale, tied_scale
-from graphopt.bridge.slots import Slot
 from graphopt.codes import Affine, code_range, normal, spread
 from graphopt.edit import label
 from graphopt.model import Model
 from graphopt.ops import is_standard
+from graphopt.slots import Slot
 from graphopt.sparse_marks import marks
 from graphopt.targets import CPU_FORMS
 

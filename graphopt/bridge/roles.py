@@ -22,9 +22,9 @@ from typing import TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.bridge.slots import Array, Slot
 from graphopt.model import Model
 from graphopt.ops import is_standard
+from graphopt.slots import Array, Slot
 from graphopt.tensors import is_float, numpy_dtype
 
 Role: TypeAlias = str

@@ -307,6 +307,7 @@ def load_training_data(
     Raises:
         DataError: unusable, empty, not finite, or without the labels that are needed.
     """
+    augment = augmenter(settings.augment) if settings.augment else None
     store = RowStore(budget)
     drawn = settings.subset > 0 and settings.sampling == "stratified"
     read = read_units(spec, model, settings, store, labelled=labelled, wanted=labelled or drawn, seed=seed)
@@ -316,7 +317,7 @@ def load_training_data(
     _look(read, model, settings, notes, labelled=labelled)
     data = TrainingData(
         read.units, rowwise=read.rowwise, batch=read.batch, description=read.description, notes=notes,
-        augment=augmenter(settings.augment) if settings.augment else None,
+        augment=augment,
     )  # fmt: skip
     data = data.subset(settings.subset, settings.sampling, seed) if settings.subset else data
     if not data.batches(settings.batch):
@@ -325,7 +326,10 @@ def load_training_data(
         )
     if data.idle:
         data.notes.append(f"{data.idle} of {data.rows} samples, other ones each epoch, do not fill a batch")
-    return data if labelled else data.without_labels()
+    data = data if labelled else data.without_labels()
+    if augment is not None:
+        next(data.epoch(0, seed=seed, batch=2))  # what is not for such data is refused now
+    return data
 
 
 def _look(read: Read, model: Model, settings: TrainSettings, notes: list[str], *, labelled: bool) -> None:

@@ -420,3 +420,32 @@ def test_write_back_into_another_model() -> None:
     assert np.allclose(found, np.maximum(X, 0) @ bridge.values()["w"], atol=1e-5)
     with pytest.raises(ModelError, match="no initializer 'w'"):
         bridge.write_back(load(graph_of(LINEAR, {"w": normal(4, 2)})))
+
+
+def test_statistics_that_layers_share_stay() -> None:
+    """An exporter that stores equal tensors once ties layers, and here a variance to a scale: neither may follow."""
+    text = """g (float[n,3,h,k] x) => (float[n,3,h,k] y) {
+        a = BatchNormalization (x, s, b, m, v) c = Conv (a, w) y = BatchNormalization (c, v, b, m, u) }"""
+    constants = {"w": normal(3, 3, 1, 1), **{name: np.abs(normal(3, seed=i)) + 0.5 for i, name in enumerate("sbmvu")}}
+    bridge = TrainableGraph(graph_of(text, constants), batch_norm="train")
+    bridge.module.train()(torch.from_numpy(normal(4, 3, 5, 5)))
+    changed = {name for name, values in bridge.values().items() if not np.array_equal(values, constants[name])}
+    assert not changed
+    assert set(bridge.parameters) == {"w", "s", "b"}
+
+
+def test_tensors_that_torch_lacks_are_named_where_they_are_read() -> None:
+    """Strings: an input, a constant; one that nothing needs does not matter."""
+    text = "g (float[n,4] x) => (float[n,3] y, bool[1] z) { y = MatMul(x, w) z = Equal(word, word) }"
+    model = graph_of(text, {"w": normal(4, 3), "word": np.array(["yes"], object)}, opset=19)
+    with pytest.raises(ModelError, match="no tensors") as raised:
+        TrainableGraph(model)
+    assert raised.value.at == "constant 'word'"
+    assert raised.value.hint
+    model.graph.input.append(helper.make_tensor_value_info("t", TensorProto.STRING, ["n"]))
+    del model.graph.output[1]
+    with pytest.raises(ModelError, match="no tensors") as raised:
+        TrainableGraph(model)
+    assert raised.value.at == "input 't'"
+    del model.graph.input[1]
+    assert set(TrainableGraph(model).parameters) == {"w"}

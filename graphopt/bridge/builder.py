@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import fx, nn
 
-from graphopt.analysis.constants import array_of
+from graphopt.analysis.constants import array_of, is_constant
 from graphopt.bridge.attributes import arguments, schema_of, where
 from graphopt.bridge.host import LARGEST, as_tensor, host_of, to_torch, torch_kind, total
 from graphopt.bridge.modules import BatchNormalization, Dropout, If, first, typed
@@ -158,6 +158,12 @@ class Builder:
     def _raw(self, frame: Frame, tensor: gs.Tensor) -> Any:
         if id(tensor) in frame.values:
             return frame.values[id(tensor)]
+        if is_constant(tensor):
+            kind = tensor.dtype if isinstance(tensor, gs.Constant) else "this type"
+            raise ModelError(
+                f"torch has no tensors of {kind}", at=f"constant '{tensor.name}'",
+                hint="strings and 8-bit floats are not trained: convert the model, or cut that part off",
+            )  # fmt: skip
         if frame.parent is None:
             raise ModelError(
                 f"tensor '{tensor.name}' is read before it is made", hint="graphopt inspect checks a model"
@@ -206,7 +212,10 @@ class Builder:
         if id(tensor) in self.leaves:
             self._note_host(tensor)
             return
-        value = next((given.get(v.name) for v in node.attrs.values() if isinstance(v, gs.Node.AttributeRef)), None)
+        reference = next((v for v in node.attrs.values() if isinstance(v, gs.Node.AttributeRef)), None)
+        if reference is None:
+            return  # of a type that torch lacks: who reads it is refused
+        value = given.get(reference.name)
         array = array_of(value) if isinstance(value, gs.Constant) else value
         if array is None:
             raise ModelError("a Constant without a value", at=where(node))

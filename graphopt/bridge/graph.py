@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from graphopt.bridge.builder import Builder, Form
-from graphopt.bridge.host import to_numpy, to_torch
+from graphopt.bridge.host import known_to_torch, to_numpy, to_torch
 from graphopt.bridge.module import GraphModule
 from graphopt.bridge.quantized import find_quantized
-from graphopt.bridge.roles import FIXED, LEARNED, SCALAR, STATISTICS, Role, channel_axis, reached, role_of
+from graphopt.bridge.roles import FIXED, LEARNED, SCALAR, STATISTICS, Role, channel_axis, reached, role_of, uses
 from graphopt.errors import DataError, ModelError, SpecError, did_you_mean
 from graphopt.importer import origin
 from graphopt.model import Model, Source, load
@@ -52,7 +52,7 @@ class TrainableGraph:
         only: globs of initializers that are trained; empty: all.  A full name also makes a single number trained.
         freeze: globs of initializers that are not.
         learn_scales: whether scales of quantized tensors are trained.
-        batch_norm: `frozen`, or `train`: running statistics follow the batches.
+        batch_norm: `frozen`, or `train`: running statistics follow the batches (those that several layers share stay).
 
     Raises:
         ModelError: an operator that cannot be trained (names node and what helps), an unknown tap.
@@ -67,7 +67,7 @@ class TrainableGraph:
         self.model = model if isinstance(model, Model) else load(model)
         self.learn_scales = learn_scales
         self.learn_statistics = batch_norm == "train"
-        self._slots = {key: slot for key, slot in slots_of(self.model).items() if slot.dtype.kind not in "OSU"}
+        self._slots = slots_of(self.model)
         live = reached(self.model)
         held = {key: role_of(slot, live) for key, slot in self._slots.items()}
         self.roles: dict[str, Role] = {key: role for key, role in held.items() if is_float(self._slots[key].dtype)}
@@ -96,7 +96,7 @@ class TrainableGraph:
             self._register(root, key, slot, forms)
         forms.update(self.quantized.forms(root, self._names, self._trained))
         leaves = {id(slot.tensor): self._names[key] for key, slot in self._slots.items() if key in self._names}
-        statistics = [id(slot.tensor) for key, slot in self._slots.items() if self.roles.get(key) == STATISTICS]
+        statistics = [id(self._slots[key].tensor) for key in self._running()]
         builder = Builder(self.model, leaves, root, forms=forms, learn=self.learn_statistics, statistics=statistics)
         tapped = [_tensor(self.model, name) for name in taps]
         net = builder.run(tapped)
@@ -105,8 +105,10 @@ class TrainableGraph:
 
     def _register(self, root: nn.Module, key: str, slot: Slot, forms: dict[str, Form]) -> None:
         """Put a constant on the root: as a parameter, or as a buffer."""
-        name = self._names[key] = _mangled(key, root)
         start = self.quantized.start(key) if key in self._trained else None
+        if not known_to_torch(slot.dtype):
+            return  # the builder refuses a node that reads it
+        name = self._names[key] = _mangled(key, root)
         tensor = to_torch(slot.read() if start is None else start)
         if key not in self._trained:
             root.register_buffer(name, tensor)
@@ -134,8 +136,12 @@ class TrainableGraph:
     def statistics(self) -> dict[str, Any]:
         """Buffers that follow the batches, by name: running means and variances, where those are trained."""
         buffers = dict(self.module.net.named_buffers()) if self.learn_statistics else {}
+        return {key: buffers[self._names[key]] for key in self._running() if self._names.get(key) in buffers}
+
+    def _running(self) -> list[str]:
+        """Return the statistics that one node alone reads: exporters store equal tensors once, and tie layers by it."""
         held = (key for key, role in self.roles.items() if role == STATISTICS)
-        return {key: buffers[self._names[key]] for key in held if self._names[key] in buffers}
+        return [key for key in held if len(list(uses(self._slots[key].tensor))) == 1]
 
     def _value(self, key: str, tensor: Any) -> Array:
         slot = self._slots[key]

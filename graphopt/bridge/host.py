@@ -93,6 +93,11 @@ def torch_kind(kind: int | np.dtype[Any]) -> Any:
     return found
 
 
+def known_to_torch(dtype: np.dtype[Any]) -> bool:
+    """Tell whether torch has tensors that hold values of this dtype."""
+    return dtype in _KINDS
+
+
 def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """Return a copy of an array as a tensor of the same shape (0-d stays 0-d).
 

@@ -30,7 +30,7 @@ class GraphModule(nn.Module):
         super().__init__()
         self.net = net
         self.inputs = tuple(spec.name for spec in inputs)
-        self.kinds = tuple(None if spec.dtype is None else torch_kind(spec.dtype) for spec in inputs)
+        self.kinds = tuple(map(_kind_of, inputs))
         self.names = tuple(names)
 
     def forward(self, *feeds: Any, **named: Any) -> dict[str, Tensor]:
@@ -64,7 +64,18 @@ class GraphModule(nn.Module):
                     f"the model has no input '{name}'",
                     hint=did_you_mean(name, self.inputs) or f"its inputs: {', '.join(self.inputs)}",
                 )
-        return [_fed(name, kind, named) for name, kind in zip(self.inputs, self.kinds, strict=True)]
+        held = next(self.parameters(), None)
+        device = None if held is None else held.device
+        return [_fed(name, kind, named).to(device) for name, kind in zip(self.inputs, self.kinds, strict=True)]
+
+
+def _kind_of(spec: ValueSpec) -> Any:
+    """Return torch's dtype of an input, None where the model states none."""
+    try:
+        return None if spec.dtype is None else torch_kind(spec.dtype)
+    except ModelError as error:
+        error.at = f"input '{spec.name}'"
+        raise
 
 
 def _fed(name: str, kind: Any, named: Mapping[str, Any]) -> Tensor:

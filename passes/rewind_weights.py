@@ -18,11 +18,10 @@ import onnx_graphsurgeon as gs
 from graphopt.base import Change, Context, Exactness, Loss, Pass
 from graphopt.model import Model
 from graphopt.registry import register
+from graphopt.slots import Slot
 from graphopt.sparse_marks import marks
 
-from .trained_weights import WHERE, Holder, holders
-
-Array = np.ndarray[Any, Any]
+from .trained_weights import WHERE, learning
 
 WHAT = "go back to the weights before"
 
@@ -60,30 +59,25 @@ class RewindWeights(Pass):
             done = f"{self.to} times" if self.to else ""
             yield Change(WHERE, WHAT, f"this pipeline has not trained it {done}".rstrip())
             return
-        past = {holder.name: holder for holder in holders(before) if holder.learns}
-        sparse = _sparse(ctx.model)
-        for holder in holders(ctx.model):
-            if holder.learns:
-                yield from _back(holder, past.get(holder.name), sparse=holder.name in sparse)
+        past, sparse = learning(before), _sparse(ctx.model)
+        for key, slot in learning(ctx.model).items():
+            if key in past:
+                yield from _back(slot, past[key], sparse=id(slot.tensor) in sparse)
 
 
-def _back(now: Holder, then: Holder | None, *, sparse: bool) -> Iterator[Change]:
-    """Propose to set a constant back; one that stood nowhere else then is not spoken of."""
-    if then is None:
-        return
+def _back(now: Slot, then: Slot, *, sparse: bool) -> Iterator[Change]:
+    """Propose to set a constant back."""
     if (now.shape, now.dtype) != (then.shape, then.dtype):
         shapes = f"{list(then.shape)} {then.dtype} then, {list(now.shape)} {now.dtype} now"
-        yield Change(now.name, WHAT, f"it has changed its form since: {shapes}")
+        yield Change(now.key, WHAT, f"it has changed its form since: {shapes}")
         return
-    old, new = now.values, then.values
+    old, new = now.read(), then.read()
     if sparse:
         new = np.where(old == 0, old, new)
-    if old.tobytes() == new.tobytes():
-        return
-    why = "its zeros stay" if sparse else ""
-    yield Change(now.name, WHAT, why, lambda: now.write(np.ascontiguousarray(new)))
+    if old.tobytes() != new.tobytes():
+        yield Change(now.key, WHAT, "its zeros stay" if sparse else "", lambda: now.write(new))
 
 
-def _sparse(model: Model) -> set[str]:
-    """Return the names of weights whose zeros are meant."""
-    return {node.inputs[port].name for node in model.nodes() for port in marks(model.metadata(node))}
+def _sparse(model: Model) -> set[int]:
+    """Return the weights whose zeros are meant: ids of the tensors that nodes read."""
+    return {id(node.inputs[port]) for node in model.nodes() for port in marks(model.metadata(node))}

@@ -12,17 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
-from graphopt.analysis.constants import node_values
 from graphopt.base import Change, Context, Pass
 from graphopt.errors import ModelError
 from graphopt.model import Model
-from graphopt.ops import is_standard
+from graphopt.slots import Slot, slots_of
 from graphopt.tensors import is_float
 from graphopt.training import TrainSettings
 
@@ -35,50 +33,13 @@ KEY = "graphopt.trained"
 WHERE = "the model"
 
 
-@dataclass(frozen=True)
-class Holder:
-    """A constant of a graph.
-
-    Attributes:
-        name: of the initializer, or of the Constant node's output.
-        thing: the initializer, or the Constant node.
-        dtype: of its elements.
-        shape: of its values.
-    """
-
-    name: str
-    thing: gs.Constant | gs.Node
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def values(self) -> Array:
-        """Its values."""
-        found = self.thing.values if isinstance(self.thing, gs.Constant) else node_values(self.thing)
-        return np.asarray(found if isinstance(found, np.ndarray) else found.load())
-
-    def write(self, values: Array) -> None:
-        """Put other values of the same type and shape in their place."""
-        if isinstance(self.thing, gs.Constant):
-            self.thing.values = values
-        else:
-            self.thing.attrs.clear()
-            self.thing.attrs["value"] = gs.Constant("", values)
-
-    @property
-    def learns(self) -> bool:
-        """Whether training may change it: floats, and the codes of quantized weights."""
-        return is_float(self.dtype) or (len(self.shape) > 1 and self.dtype.kind in "iuV")
+def learning(model: Model) -> dict[str, Slot]:
+    """Return the constants of a model that training may change, by key: floats, and the codes of quantized weights."""
+    return {key: slot for key, slot in slots_of(model).items() if _learns(slot)}
 
 
-def holders(model: Model) -> Iterator[Holder]:
-    """Yield the initializers of all graphs, then their Constant nodes, in an order that only the graph makes."""
-    for tensor in model.constants():
-        yield Holder(tensor.name, tensor, np.dtype(tensor.dtype), tuple(tensor.shape))
-    for node in model.nodes():
-        values = node_values(node) if is_standard(node, "Constant") else None
-        if values is not None:
-            yield Holder(node.outputs[0].name, node, values.dtype, tuple(values.shape))
+def _learns(slot: Slot) -> bool:
+    return is_float(slot.dtype) or (len(slot.shape) > 1 and slot.dtype.kind in "iuV")
 
 
 def put(trained: Model, model: Model) -> int:
@@ -88,22 +49,22 @@ def put(trained: Model, model: Model) -> int:
         ModelError: it is no copy.
     """
     changed = 0
-    for mine, theirs in zip(holders(model), holders(trained), strict=True):
-        if not mine.learns:
-            continue
-        old, new = mine.values, theirs.values
-        if mine.name != theirs.name or old.shape != new.shape or old.dtype != new.dtype:
-            raise ModelError("training gave another graph back", at=f"constant '{mine.name}'")
+    found = learning(trained)
+    for key, slot in learning(model).items():
+        other = found.get(key)
+        if other is None or (slot.shape, slot.dtype) != (other.shape, other.dtype):
+            raise ModelError("training gave another graph back", at=f"constant '{key}'")
+        old, new = slot.read(), other.read()
         if old.tobytes() != new.tobytes():
-            mine.write(new)
+            slot.write(new)
             changed += 1
     return changed
 
 
 def weights_of(model: Model) -> str:
     """Return a hash of all weights, by their values alone: names and order do not count."""
-    each = (holder for holder in holders(model) if holder.learns)
-    return hashlib.sha256(b"".join(sorted(_hash(holder.values) for holder in each))).hexdigest()[:32]
+    each = sorted(_hash(slot.read()) for slot in learning(model).values())
+    return hashlib.sha256(b"".join(each)).hexdigest()[:32]
 
 
 def _hash(values: Array) -> bytes:

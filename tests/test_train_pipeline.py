@@ -43,7 +43,7 @@ def network(seed: int = 0) -> onnx.ModelProto:
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> Array:
-        return (rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        return np.asarray(rng.normal(size=shape) / np.sqrt(np.prod(shape[1:])), np.float32)
 
     held = {
         "cw": normal(16, 1, 3, 3), "scale": np.ones(16, np.float32), "shift": np.zeros(16, np.float32),

@@ -74,11 +74,15 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def two(folder: Path, options: dict[str, Any]) -> list[list[str]]:
-    """Train in two processes, told of each other as torchrun does."""
+def pair(folder: Path, options: dict[str, Any]) -> list[subprocess.Popen[str]]:
+    """Start two processes, told of each other as torchrun does."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [start(folder, options, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in (0, 1)]
-    return [finish(process) for process in processes]
+    return [start(folder, options, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in (0, 1)]
+
+
+def two(folder: Path, options: dict[str, Any]) -> list[list[str]]:
+    """Train in two processes."""
+    return [finish(process) for process in pair(folder, options)]
 
 
 @pytest.mark.slow
@@ -114,3 +118,21 @@ def test_two_processes_stop_together(tmp_path: Path, options: dict[str, Any], st
     first, second = weights(tmp_path), weights(tmp_path, 1)
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
     assert all(np.isfinite(values).all() for values in first.values())
+
+
+@pytest.mark.slow
+def test_two_killed_processes_go_on(tmp_path: Path) -> None:
+    options = {"epochs": 3, "batch": 8, "ema": 0.9}
+    two(tmp_path / "whole", options)
+    processes = pair(tmp_path / "killed", options)
+    assert processes[0].stdout is not None
+    for line in processes[0].stdout:
+        if line == "step 4\n":
+            for process in processes:
+                process.kill()
+    assert [process.wait() for process in processes] == [-9, -9]
+    said = two(tmp_path / "killed", {**options, "resume": True})
+    assert said[0][0] in {"step 4", "step 5", "step 6"}
+    for rank in (0, 1):
+        first, second = weights(tmp_path / "whole", rank), weights(tmp_path / "killed", rank)
+        assert all(first[name].tobytes() == second[name].tobytes() for name in first)

@@ -125,6 +125,41 @@ def test_rows_that_depend_on_each_other_stay_together() -> None:
     assert sorted(len(b.feeds["x"]) for b in data.epoch(0, seed=0, batch=4)) == [4, 6]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "feeds"),
+    [
+        ("float[N, 3] x, float[M, 3] z", [{"x": rows(n), "z": rows(2)} for n in (3, 4)]),
+        ("float x, float[N, 3] z", [{"x": np.array(1, np.float32), "z": rows(n)} for n in (3, 4)]),
+    ],
+)
+def test_inputs_without_rows_in_common_are_fed_as_they_come(inputs: str, feeds: list[dict[str, Array]]) -> None:
+    text = "a = ReduceSum <keepdims = 0> (x) b = ReduceSum <keepdims = 0> (z) y = Add(a, b)"
+    model = f"two ({inputs}) => (float y) {{ {text} }}"
+    data = loaded(feeds, model)
+    assert data.batch == 1
+    found = {int(b.index[0]): b.feeds for b in data.epoch(0, seed=0, batch=4)}
+    assert all(np.array_equal(found[i][name], array) for i, feed in enumerate(feeds) for name, array in feed.items())
+
+
+def test_inputs_of_one_batch_have_the_same_rows() -> None:
+    model = "two (float[N, 3] x, float[N, 3] z) => (float[N, 3] y) { y = Add(x, z) }"
+    with pytest.raises(DataError, match="different numbers of rows: 'x' 3, 'z' 2"):
+        loaded([{"x": rows(3), "z": rows(2)}], model)
+
+
+@pytest.mark.parametrize("model", [FIXED, FIXED.replace("4, 3", "1, 3").replace("4, 4", "1, 4"), STATEFUL])
+def test_an_npz_for_a_model_with_a_fixed_batch(model: str, tmp_path: Path) -> None:
+    state = {"state": np.ones((20, 2, 3), np.float32)} if model == STATEFUL else {}
+    labels = {"label": np.zeros((20, 2, 3), np.float32)} if model == STATEFUL else {"label": LABELS}
+    data = loaded(save(tmp_path / "a.npz", x=rows(20), **state, **labels), model, labelled=True)
+    assert data.rows == 20
+    assert data.batch == (4 if model == FIXED else 1)
+    for batch in data.epoch(0, seed=0, batch=32):
+        assert batch.feeds["x"].tolist() == rows(20)[batch.index].tolist()
+        assert len(batch.index) == data.batch
+    assert sum(len(batch) for batch in seen(data)) == 20
+
+
 def save(path: Path, **arrays: Array) -> Path:
     np.savez(path, **arrays)  # type: ignore[arg-type]
     return path

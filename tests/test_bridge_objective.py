@@ -391,6 +391,12 @@ def test_a_teacher_of_another_task() -> None:
     teacher.graph.inputs[0].name = "z"
     with pytest.raises(ModelError, match="input 'z' is none of the student's"):
         distill_objective(net(SOFTMAX), Teacher(teacher), DistillSettings())
+    two = load(
+        onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    two (float[N, 6, 4] x) => (float[N, 6, 4] a, float[N, 6, 4] b) { a = Relu(x) b = Softmax(x) }""")
+    )
+    with pytest.raises(ModelError, match="other outputs: a, b"):
+        distill_objective(net(SOFTMAX), Teacher(two), DistillSettings())
     model = net(SOFTMAX)
     objective = distill_objective(model, Teacher(net(TAILS["transposed"])), DistillSettings())
     outputs = ran(model, batch_of(model), objective.taps)

@@ -148,6 +148,7 @@ class Reader:
                 raise DataError(f"input '{spec.name}' is a {spec.kind}, which training does not feed")
         firsts = [spec.shape[0] if spec.shape else None for spec in self._inputs.values()]
         fixed = {first for first in firsts if isinstance(first, int)}
+        self._one_symbol = len({first for first in firsts if first is not None}) == 1
         scalar = any(spec.shape == () for spec in self._inputs.values())
         self.rowwise = not scalar and (not fixed or (len(fixed) == 1 and all(isinstance(f, int) for f in firsts)))
         self.batch = fixed.pop() if self.rowwise and fixed else None
@@ -244,7 +245,10 @@ class Reader:
         return _label(labels, f"{where}, labels", copies)
 
     def _rows(self, feeds: Mapping[str, Any], labels: Labels, where: str) -> int:
-        counts = {name: int(value.shape[0]) for name, value in feeds.items()}
+        counts = {name: int(value.shape[0]) if value.shape else 0 for name, value in feeds.items()}
+        if not all(value.shape for value in feeds.values()) or (len(set(counts.values())) > 1 and not self._one_symbol):
+            self.rowwise, self.batch = False, None  # no rows that all inputs share
+            return 1
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"'{name}' {count}" for name, count in counts.items())
             raise DataError(f"the inputs have different numbers of rows: {listed}", at=where)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from graphopt.models import structures
+
 torch = pytest.importorskip("torch")
 
 from graphopt.bridge import (  # noqa: E402  (torch may be missing)
@@ -24,6 +26,7 @@ from graphopt.bridge import (  # noqa: E402  (torch may be missing)
     ops_shape,
     ops_vision,
 )
+from graphopt.bridge.graph import TrainableGraph  # noqa: E402
 
 
 def d(*shape: int, seed: int = 0) -> Any:
@@ -41,12 +44,14 @@ PLACES = torch.tensor([[0, 1], [1, -1]])
 GRADIENTS: dict[str, Callable[..., Any]] = {
     "lstm": lambda: (lambda *a: ops_rnn.lstm(*a, direction="bidirectional", outputs=3), LSTM),
     "lstm of lengths": lambda: (
-        lambda x, w, r, b, p: ops_rnn.lstm(x, w, r, b, LENGTHS, p=p, direction="bidirectional", outputs=3), (*LSTM, d(2, 9))),
+        lambda x, w, r, b, p: ops_rnn.lstm(x, w, r, b, LENGTHS, p=p, direction="bidirectional", outputs=3),
+        (*LSTM, d(2, 9))),
     "gru": lambda: (lambda *a: ops_rnn.gru(*a, direction="bidirectional", linear_before_reset=1, outputs=2), GRU),
     "gru with the reset first": lambda: (lambda *a: ops_rnn.gru(*a, direction="bidirectional", outputs=2), GRU),
     "rnn": lambda: (
-        lambda x, w, r, b: ops_rnn.rnn(x, w, r, b, LENGTHS, direction="reverse", activations=("Affine",), activation_alpha=(0.4,),
-                               activation_beta=(0.1,), outputs=2),
+        lambda x, w, r, b: ops_rnn.rnn(
+            x, w, r, b, LENGTHS, direction="reverse", activations=("Affine",), activation_alpha=(0.4,),
+            activation_beta=(0.1,), outputs=2),
         (d(3, 2, 4), d(1, 3, 4), d(1, 3, 3), d(1, 6))),
     "resize, cubic": lambda: (
         lambda x: ops_resize.resize(x, None, (1, 1, 1.7, 0.6), mode="cubic", exclude_outside=1), (d(1, 2, 4, 5),)),
@@ -141,6 +146,8 @@ def test_shapes_are_numbers() -> None:
     assert ops_shape.split((1, 2, 3), (1, 2), outputs=2) == ((1,), (2, 3))
     assert ops_shape.tile((1, 2), (2,)) == (1, 2, 1, 2)
     assert ops_math.maximum(3, (1, 5)) == (3, 5)
+    assert ops_math.clip((0, 3, 9), 1, 5) == (1, 3, 5)
+    assert ops_math.power(2, 3.0) == 8
     assert ops_shape.sliced((1, 2, 3), (-1,), (-9,), (0,), (-1,)) == (3, 2, 1)
 
 
@@ -149,3 +156,14 @@ def test_boxes_that_overlap_go() -> None:
     scores = torch.tensor([[[0.5, 0.9, 0.3], [0.1, 0.1, 0.1]]])
     assert ops_boxes.non_max_suppression(boxes, scores, 2, 0.5, 0.2).tolist() == [[0, 0, 1], [0, 0, 2]]
     assert ops_boxes.non_max_suppression(boxes, scores).tolist() == []
+
+
+@pytest.mark.parametrize("name", ["bilstm-torchscript", "gru-torchscript", "swin-torchscript", "aspp-dynamo"])
+def test_modules_run_on_any_device_and_in_low_precision(name: str) -> None:
+    """What is made of shapes follows the data: `meta` refuses to mix devices as an accelerator does."""
+    feeds = {key: torch.tensor(value) for key, value in structures.feeds(name).items()}
+    module = TrainableGraph(structures.get(name)).module
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(y.float().sum() for y in module(feeds).values()).backward()
+    outputs = module.to("meta")({key: value.to("meta") for key, value in feeds.items()})
+    assert all(y.device.type == "meta" for y in outputs.values())

@@ -15,8 +15,8 @@ REDUCE = {"mul": "prod", "max": "amax", "min": "amin"}
 """Reduction of the ONNX operators -> torch's name."""
 
 
-def _wrapped(indices: torch.Tensor, length: Any) -> torch.Tensor:
-    indices = indices.long()
+def _wrapped(indices: torch.Tensor, length: Any, device: Any = None) -> torch.Tensor:
+    indices = indices.long().to(device)  # small ones may come from Python, to a module elsewhere
     return torch.where(indices < 0, indices + length, indices)
 
 
@@ -27,22 +27,23 @@ def gather(x: Any, indices: Any, axis: int = 0) -> Any:
     if is_host(indices) and not isinstance(indices, tuple):
         return x.select(axis, indices)
     axis = positive(axis, x.ndim)
-    places = _wrapped(as_tensor(indices).to(x.device), x.shape[axis])
+    places = _wrapped(as_tensor(indices), x.shape[axis], x.device)
     return x.index_select(axis, places.flatten()).reshape(*x.shape[:axis], *places.shape, *x.shape[axis + 1 :])
 
 
 def gather_elements(x: torch.Tensor, indices: torch.Tensor, axis: int = 0) -> torch.Tensor:
-    return torch.gather(x, axis, _wrapped(indices, x.shape[axis]))
+    return torch.gather(x, axis, _wrapped(indices, x.shape[axis], x.device))
 
 
 def scatter_elements(
     x: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor, axis: int = 0, reduction: str = "none"
 ) -> torch.Tensor:
-    places = _wrapped(indices, x.shape[axis])
+    places = _wrapped(indices, x.shape[axis], x.device)
     return _written(x, axis, places, updates, reduction)
 
 
 def _written(x: torch.Tensor, axis: int, places: torch.Tensor, updates: torch.Tensor, reduction: str) -> torch.Tensor:
+    updates = updates.to(x)
     if reduction == "none":
         return x.scatter(axis, places, updates)
     if reduction == "add":
@@ -62,7 +63,7 @@ def gather_nd(x: torch.Tensor, indices: torch.Tensor, batch_dims: int = 0) -> to
     depth = indices.shape[-1]
     batch, inner = tuple(x.shape[:batch_dims]), tuple(x.shape[batch_dims : batch_dims + depth])
     rest = tuple(x.shape[batch_dims + depth :])
-    places = _linear(indices.reshape(total(batch), -1, depth), inner)
+    places = _linear(indices.to(x.device).reshape(total(batch), -1, depth), inner)
     places = places + torch.arange(total(batch), device=x.device)[:, None] * total(inner)
     taken = x.reshape(total(batch) * total(inner), *rest).index_select(0, places.flatten())
     return taken.reshape(*indices.shape[:-1], *rest)
@@ -71,7 +72,7 @@ def gather_nd(x: torch.Tensor, indices: torch.Tensor, batch_dims: int = 0) -> to
 def scatter_nd(x: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor, reduction: str = "none") -> torch.Tensor:
     depth = indices.shape[-1]
     inner, rest = tuple(x.shape[:depth]), tuple(x.shape[depth:])
-    places = _linear(indices, inner).flatten()
+    places = _linear(indices.to(x.device), inner).flatten()
     flat = updates.reshape(places.shape[0], total(rest))
     places = places[:, None].expand(flat.shape)
     return _written(x.reshape(total(inner), total(rest)), 0, places, flat, reduction).reshape(x.shape)
@@ -79,7 +80,7 @@ def scatter_nd(x: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor, re
 
 def one_hot(indices: torch.Tensor, depth: Any, values: Any, axis: int = -1) -> torch.Tensor:
     count = number(depth)
-    values = as_tensor(values)
+    values = as_tensor(values).to(indices.device)
     axis = positive(axis, indices.ndim + 1)
     wanted = torch.arange(count, device=indices.device).reshape([-1] + [1] * (indices.ndim - axis))
     found = _wrapped(indices, count).unsqueeze(axis) == wanted
@@ -92,7 +93,7 @@ def non_zero(x: torch.Tensor) -> torch.Tensor:
 
 def compress(x: torch.Tensor, condition: torch.Tensor, axis: int | None = None) -> torch.Tensor:
     x, axis = (x.flatten(), 0) if axis is None else (x, axis)
-    return x.index_select(axis, torch.nonzero(condition).flatten())
+    return x.index_select(axis, torch.nonzero(condition.to(x.device)).flatten())
 
 
 def reverse_sequence(
@@ -105,7 +106,7 @@ def reverse_sequence(
 def reversed_steps(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Return x (steps, batch, …) with the first `lengths[b]` steps of each row reversed."""
     steps = torch.arange(x.shape[0], device=x.device)[:, None]
-    lengths = lengths.long()[None, :]
+    lengths = lengths.long().to(x.device)[None, :]
     places = torch.where(steps < lengths, lengths - 1 - steps, steps)
     return x[places, torch.arange(x.shape[1], device=x.device)[None, :]]
 
@@ -134,7 +135,7 @@ def tensor_scatter(
     places = starts[:, None] + torch.arange(length, device=x.device)
     places = places % x.shape[axis] if mode == "circular" else places
     places = places.reshape([x.shape[0] if i == 0 else length if i == axis else 1 for i in range(x.ndim)])
-    return x.scatter(axis, places.expand(update.shape), update)
+    return x.scatter(axis, places.expand(update.shape), update.to(x))
 
 
 TABLE: Table = {

@@ -56,7 +56,11 @@ def mod(a: Any, b: Any, fmod: int = 0) -> Any:
 
 
 def power(a: Any, b: Any) -> Any:
-    return hosted(operator.pow, _power, a, b)
+    return hosted(_raised, _power, a, b)
+
+
+def _raised(a: Any, b: Any) -> Any:
+    return int(a**b) if isinstance(a, int) else a**b
 
 
 def _power(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -107,17 +111,17 @@ def reciprocal(x: Any) -> Any:
     return hosted(lambda v: 1 / v, torch.reciprocal, x)
 
 
-def clip(x: torch.Tensor, min: Any = None, max: Any = None) -> torch.Tensor:
+def clip(x: Any, min: Any = None, max: Any = None) -> Any:
     """Return x within [min, max]: inputs since opset 11, attributes before.
 
     Where the bounds cross, the upper one wins, as in ORT.  A bound at the end of float32 is none.
     """
     low, high = (None if isinstance(v, float) and abs(v) > NO_BOUND else v for v in (min, max))
-    if low is not None:
-        x = torch.maximum(*aligned(x, low)) if isinstance(low, torch.Tensor) else x.clamp(min=low)
-    if high is not None:
-        x = torch.minimum(*aligned(x, high)) if isinstance(high, torch.Tensor) else x.clamp(max=high)
-    return x
+    if not is_host(x):
+        bounds = [None if v is None else aligned(x, v)[1] for v in (low, high)]
+        return x if low is None and high is None else torch.clamp(x, *bounds)
+    x = x if low is None else maximum(x, low)
+    return x if high is None else minimum(x, high)
 
 
 def equal(a: Any, b: Any) -> Any:
@@ -221,7 +225,7 @@ TABLE: Table = {
     "Exp": torch.exp, "Log": torch.log, "Erf": torch.erf, "Sign": torch.sign,
     "Sin": torch.sin, "Cos": torch.cos, "Tan": torch.tan, "Asin": torch.asin, "Acos": torch.acos, "Atan": torch.atan,
     "Sinh": torch.sinh, "Cosh": torch.cosh, "Asinh": torch.asinh, "Acosh": torch.acosh, "Atanh": torch.atanh,
-    "IsNaN": torch.isnan, "IsInf": is_inf, "Clip": clip,
+    "IsNaN": torch.isnan, "IsInf": is_inf, "Clip": Op(1, clip, host=True),
     "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor,
     "BitwiseNot": torch.bitwise_not, "BitShift": bit_shift,
     "MatMul": torch.matmul, "Gemm": gemm, "Einsum": einsum, "Det": torch.linalg.det,

@@ -225,6 +225,8 @@ def _recurrent(
     """Return the hidden states of all steps (steps, directions, batch, hidden) and the last states."""
     names = tuple(name.lower() for name in activations or kind.activations * w.shape[0])
     functions = _functions(names, alpha or (), beta or ())
+    state = tuple(None if s is None else s.to(x.device) for s in state)  # zeros made of a shape lie on the CPU
+    lengths = None if lengths is None else lengths.to(x.device)
     if layout:
         x = x.transpose(0, 1)
         state = tuple(None if s is None else s.transpose(0, 1) for s in state)

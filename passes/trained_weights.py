@@ -62,8 +62,8 @@ def put(trained: Model, model: Model) -> int:
 
 
 def weights_of(model: Model) -> str:
-    """Return a hash of all weights, by their values alone: names and order do not count."""
-    each = sorted(_hash(slot.read()) for slot in learning(model).values())
+    """Return a hash of all weights, by their values alone: names, order, and how often one is held do not count."""
+    each = sorted({_hash(slot.read()) for slot in learning(model).values()})
     return hashlib.sha256(b"".join(each)).hexdigest()[:32]
 
 

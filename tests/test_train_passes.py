@@ -262,3 +262,14 @@ def test_options_are_the_settings(name: str) -> None:
         assert set(vars(kind())) < set(options)
     with pytest.raises(GraphoptError, match="unknown optimizer 'adan'"):
         Pipeline("distill{optimizer=adan}")
+
+
+def test_a_graph_that_is_only_written_otherwise_is_not_trained_again(trainer: Trainer) -> None:
+    model = network()
+    copy = numpy_helper.from_array(np.zeros(64, np.float32), "b2")
+    model.graph.initializer.append(copy)
+    model.graph.node.insert(2, helper.make_node("Add", ["h", "b2"], ["h2"]))
+    model.graph.node[3].input[0] = "h2"
+    first = run("distill{steps=3}, eliminate-common", model)
+    assert statuses(first) == ["changed", "changed"]
+    assert statuses(run("distill{steps=3}", first.proto)) == ["unchanged"]

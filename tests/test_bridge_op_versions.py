@@ -30,6 +30,7 @@ def one(value: float, dtype: Any = np.float32) -> Array:
 X = f(2, 3, 4, 5)
 P = np.abs(X) + 0.1
 PAIRS = {"kernel_shape": [2, 2], "strides": [2, 2]}
+MASK = np.array([[1, 1, 0], [1, 1, 1]], np.int32)
 BOXES = np.array([[0, 0, 5, 6], [1.5, 2, 7, 9]], np.float32)
 
 FORMS = [
@@ -140,6 +141,15 @@ FUSED = [
     Case("FusedMatMul", [f(4, 3, 2), f(3, 2, 5)], 17, {"transBatchA": 1}),
     Case("SkipLayerNormalization", [f(2, 3, 4), f(2, 3, 4, seed=1), f(4), f(4, seed=1), f(4, seed=2)], 17, {}, 4),
     Case("SkipSimplifiedLayerNormalization", [f(2, 3, 4), f(2, 3, 4, seed=1), f(4)], 17),
+    *(Case("Attention", [f(2, 3, 8), f(8, 24), f(24), mask], 17, {"num_heads": 2, "unidirectional": u})
+      for u in (0, 1) for mask in (None, MASK, i(2, 3, dtype=np.int32), i(2, 3, 0, 0, dtype=np.int32))),
+    Case("Attention", [f(2, 3, 8), f(8, 20), f(20)], 17, {"num_heads": 2, "qkv_hidden_sizes": [8, 8, 4], "scale": 0.3}),
+    Case("Attention", [f(2, 1, 8), f(8, 24), f(24), None, f(2, 2, 2, 4, 4)], 17, {"num_heads": 2}, 2),
+    Case("MultiHeadAttention", [f(2, 3, 8), f(2, 5, 8), f(2, 5, 4), f(20)], 17, {"num_heads": 2}),
+    Case("MultiHeadAttention", [f(2, 3, 8), f(2, 3, 8), f(2, 3, 8), None, MASK], 17, {"num_heads": 4}),
+    Case("EmbedLayerNormalization", [
+        i(1, 0, 2, 3, 1, 1, shape=(2, 3), dtype=np.int32), i(0, 1, 1, 0, 0, 1, shape=(2, 3), dtype=np.int32),
+        f(4, 6), f(5, 6), f(2, 6), f(6), f(6, seed=1), MASK], 17, {}, 2),
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from graphopt.bridge import (
     ops_boxes,
     ops_contrib,
     ops_conv,
+    ops_fused_attention,
     ops_index,
     ops_loss,
     ops_math,
@@ -39,6 +40,7 @@ TABLES: Sequence[tuple[str, str, Table]] = (
     *(("", module.__name__, module.TABLE) for module in _STANDARD),
     ("", ops_contrib.__name__, ops_contrib.STANDARD),
     (ORT_DOMAIN, ops_contrib.__name__, ops_contrib.TABLE),
+    (ORT_DOMAIN, ops_fused_attention.__name__, ops_fused_attention.TABLE),
     (ORT_DOMAIN, ops_quant.__name__, ops_quant.TABLE),
 )
 """Domain, module and table of each part."""

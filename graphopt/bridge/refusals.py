@@ -50,6 +50,14 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         ("LinearAttention", "CausalConvWithState", "FlexAttention"),
         ("the bridge has opsets up to 23, and what later ones share with them", "use an older opset"),
     ),
+    **dict.fromkeys(
+        (
+            "GroupQueryAttention", "PackedAttention", "PackedMultiHeadAttention", "DecoderMaskedMultiHeadAttention",
+            "DecoderMaskedSelfAttention", "SparseAttention", "LongformerAttention", "MoE", "GroupNorm", "SkipGroupNorm",
+            "BiasSplitGelu", "BiasAdd", "NhwcConv", "NhwcFusedConv", "BeamSearch", "GreedySearch", "Sampling",
+        ),
+        ("it is ONNX Runtime's own, made when it optimized the model", "train the model from before that"),
+    ),
     "MelWeightMatrix": ("it makes constants", "fold_constants in `graphopt optimize` computes it once"),
     "ImageDecoder": ("it decodes files", "cut the decoding off and train the rest on images"),
     "BitCast": ("bits have no gradient", "cut the model before it"),

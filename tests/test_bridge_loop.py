@@ -128,6 +128,20 @@ def settings(**options: Any) -> TrainSettings:
     return TrainSettings(**{"epochs": 3, "batch": 8, "rate": 0.02, **options})
 
 
+def test_relative_rates_are_parts_of_the_scale_of_each_tensor() -> None:
+    bridge = Bridge()
+    with torch.no_grad():
+        bridge.parameters["b1"].zero_()
+        bridge.parameters["w1"].mul_(0.01)
+    before = {name: p.detach().clone() for name, p in bridge.parameters.items()}
+    train(bridge, Data(8), objective, settings(
+        optimizer="adam", relative=True, rate=0.05, schedule="constant", warmup=0.0, steps=1, weight_decay=0.0,
+    ))  # fmt: skip
+    for name, value in bridge.parameters.items():  # the first step of Adam is as long as the rate, where there is one
+        scale = max(1e-3, float(before[name].square().mean().sqrt()))
+        assert float((value - before[name]).abs().max()) == pytest.approx(0.05 * scale, rel=1e-3), name
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
 def test_loss_falls(optimizer: str) -> None:
     bridge, rate = Bridge(), 0.2 if optimizer == "sgd" else 0.02

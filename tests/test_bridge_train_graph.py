@@ -114,6 +114,23 @@ def test_autocast_of_convolutions(kind: str) -> None:
     assert 1e-6 < difference < 0.3  # it computes otherwise, and goes the same way
 
 
+def test_float16_loses_no_update() -> None:
+    """Gradients that overflow are computed again: the first step is as large as any."""
+    plain = {"optimizer": "sgd", "momentum": 0.0, "steps": 1, "warmup": 0.0, "schedule": "constant", "clip": 1e-2}
+
+    def moved(asked: TrainSettings) -> float:
+        model = load(image_net(dropout=0.0))
+        objective = task_objective(model, asked)
+        bridge = graph(asked, model, objective.taps)
+        before = bridge.parameters["conv1"].detach().clone()
+        train(bridge, images(model, asked), lambda o, b: {"loss": 1e4 * objective(o, b)["loss"]}, asked)
+        return float((bridge.parameters["conv1"].detach() - before).norm())
+
+    expected = moved(settings(**plain))
+    assert expected > 0
+    assert moved(settings(**plain, autocast="float16")) == pytest.approx(expected, rel=0.02)
+
+
 def test_projections_are_trained_and_resumed(tmp_path: Path) -> None:
     """The student's tap has 8 channels, the teacher's 3: the checkpoint holds what projects it, and the scale."""
     asked = DistillSettings(epochs=2, batch=8, taps=("r=x",), tap_weight=10.0, autocast="float16")

@@ -185,17 +185,14 @@ class Loop:
 
     def _advance(self, group: list[Any], first: int) -> None:
         """Make one update, and what is due after it."""
-        terms = self.update.gradients(group, self.step)
+        terms = self.update.make(group, self.step)
         if not math.isfinite(terms["loss"]):
             self._fail(terms, group)
             return
         self.came_with = terms["loss"] if self.step == 0 else self.came_with
-        rate, penalties = self.update.apply(self.step)
         if self.average is not None:
             self.average.update()
         self.step += 1
-        terms.update(penalties)
-        terms["loss"] += sum(penalties.values())
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.summed += 1
@@ -203,7 +200,7 @@ class Loop:
             self._evaluate()
         elif self.plan.logged(self.step):
             self._row(None)
-        self._tell(terms["loss"], rate, first)
+        self._tell(terms["loss"], first)
 
     def _fail(self, terms: dict[str, float], group: list[Any]) -> None:
         bad = broken_input(batch.feeds for batch in group)
@@ -243,8 +240,7 @@ class Loop:
     def _row(self, judged: float | None) -> None:
         terms = {name: value / max(1, self.summed) for name, value in self.sums.items()}
         epoch = self.step / self.plan.per_epoch
-        rate = self.update.schedule.rate(self.step - 1) if self.step else 0.0
-        self.history.rows.append(Row(self.step, round(epoch, 4), rate, terms, judged, round(self.seconds, 3)))
+        self.history.rows.append(Row(self.step, round(epoch, 4), self.rate, terms, judged, round(self.seconds, 3)))
         self.sums, self.summed = {}, 0
 
     @property
@@ -252,14 +248,19 @@ class Loop:
         """Time since training began, earlier runs included."""
         return self.before + time.monotonic() - self.started
 
-    def _tell(self, loss: float, rate: float, first: int) -> None:
+    @property
+    def rate(self) -> float:
+        """The rate of the last update, 0 before the first."""
+        return self.update.schedule.rate(self.step - 1) if self.step else 0.0
+
+    def _tell(self, loss: float, first: int) -> None:
         now = time.monotonic()
         ended = self.step == self.plan.total or bool(self.history.stopped)
         if self.progress is None or not self.group.leads or (now - self.told < SHOWN_EVERY and not ended):
             return
         self.told = now
         left = (now - self.started) / (self.step - first) * (self.plan.total - self.step)
-        self.progress(self.step, self.plan.total, f"loss {loss:.4g}, rate {rate:.3g}, {duration(left)} left")
+        self.progress(self.step, self.plan.total, f"loss {loss:.4g}, rate {self.rate:.3g}, {duration(left)} left")
 
     def _finish(self) -> None:
         """Leave the weights that are to be written in the module."""

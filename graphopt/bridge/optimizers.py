@@ -36,6 +36,15 @@ def _rmsprop(groups: Any, settings: TrainSettings) -> Any:
 OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "rmsprop": _rmsprop}
 
 
+SMALLEST = 1e-3
+"""What the root mean square of a tensor counts as at least: one of zeros moves, too (Shazeer and Stern 2018)."""
+
+
+def root_mean_square(tensor: Any) -> float:
+    """Return the scale of a tensor, that of its values before training."""
+    return max(SMALLEST, float(tensor.detach().double().square().mean().sqrt()))
+
+
 class Optimizer:
     """One of `torch.optim`, whose state has the names of the tensors that it is about.
 
@@ -49,17 +58,22 @@ class Optimizer:
         weights = [name for name in parameters if name in decayed]
         others = [name for name in parameters if name not in decayed]
         self._order = [*weights, *others]
+        decays = ((weights, settings.weight_decay), (others, 0.0))
         groups = [
-            {"params": [parameters[name] for name in names], "weight_decay": decay}
-            for names, decay in ((weights, settings.weight_decay), (others, 0.0))
-            if names
+            {"params": [parameters[name] for name in part], "weight_decay": decay, "part": 1.0}
+            for names, decay in decays
+            for part in ([[name] for name in names] if settings.relative else [names])
+            if part
         ]
+        if settings.relative:
+            for group in groups:
+                group["part"] = root_mean_square(group["params"][0])
         self.torch = OPTIMIZERS[settings.optimizer](groups, settings)
 
     def set_rate(self, rate: float) -> None:
         """Take this learning rate from now on."""
         for group in self.torch.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["part"]
 
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return the moments and counts, by `tensor<tab>entry`."""

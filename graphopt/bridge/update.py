@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,6 +20,9 @@ from graphopt.bridge.roles import DECAYING
 from graphopt.bridge.schedules import Schedule
 from graphopt.errors import ModelError
 from graphopt.training import TrainSettings
+
+LEAST_SCALE = 1e-3
+"""Of gradients in float16: below, they are no numbers at any scale."""
 
 
 class Update:
@@ -73,17 +77,33 @@ class Update:
                 parameter.grad.mul_(self.plan.rows / rows)
         return {name: value / rows for name, value in sums.items()}
 
-    def apply(self, step: int) -> tuple[float, dict[str, float]]:
-        """Change the weights by their gradients; return the rate, and the terms of the loss that penalties are."""
-        rate = self.schedule.rate(step)
-        self.optimizer.set_rate(rate)
+    def make(self, group: Sequence[Any], step: int) -> dict[str, float]:
+        """Make an update; return the terms of the loss, penalties included.
+
+        Where float16 cannot hold the gradients, they are computed again at a smaller scale: no update is lost.  The
+        loss that is returned is not finite where there was no update.
+        """
+        while True:
+            terms = self.gradients(group, step)
+            if not math.isfinite(terms["loss"]):
+                return terms
+            penalties = self._apply(step)
+            if penalties is not None:
+                return {**terms, **penalties, "loss": terms["loss"] + sum(penalties.values())}
+            if self.scaler.get_scale() < LEAST_SCALE:
+                return {**terms, "loss": math.nan}
+
+    def _apply(self, step: int) -> dict[str, float] | None:
+        """Change the weights by their gradients; return the penalties, None where some gradient is no number."""
+        self.optimizer.set_rate(self.schedule.rate(step))
         self.scaler.unscale_(self.optimizer.torch) if self.scaler.is_enabled() else None
         penalties = self.penalties.add()
         if self.settings.clip:
             torch.nn.utils.clip_grad_norm_(self._held, self.settings.clip, foreach=True)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer.torch)
         self.scaler.update()
-        return rate, penalties
+        return penalties if self.scaler.get_scale() >= scale else None
 
     def _terms(self, batch: Any) -> Mapping[str, Any]:
         outputs = self._outputs(batch.feeds)

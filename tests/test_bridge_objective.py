@@ -177,6 +177,31 @@ def test_ctc_of_padded_sequences(tail: str, loss: str) -> None:
     assert float(found) == pytest.approx(float(wanted), rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [[], [1]])
+def test_one_score_per_row_is_a_yes_or_no(rows: list[int]) -> None:
+    from graphopt.bridge.losses import Case, fitting
+
+    scores_, labels = torch.randn(5, *rows), torch.tensor([0, 1, 1, 0, 1])
+    assert fitting(Case("logits", scores_, scores_, None, "", labels)) == "binary-cross-entropy"
+    assert float(kl(scores_, scores_ + 1, None, "", 1.0)) > 0.01
+    assert float(kl(scores_, scores_ + 1, None, "", 1.0)) == float(kl(scores_, scores_ + 1, None, "sigmoid", 1.0))
+
+
+PIXELS = """<ir_version: 8, opset_import: ["" : 17]> pixels (float[N, 5, 3, 3] x) => (float[N, 3, 3, 3] y)
+<float[3, 5, 1, 1] w = {{1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}> {{ c = Conv(x, w) {} }}"""
+
+
+@pytest.mark.parametrize(
+    ("tail", "axis"), [("y = Identity(c)", 1), ("y = Transpose <perm = [0, 2, 3, 1]> (c)", 3)], ids=["NCHW", "NHWC"]
+)
+def test_classes_of_pixels_are_the_channels_of_the_last_layer(tail: str, axis: int) -> None:
+    model = load(onnx.parser.parse_model(PIXELS.format(tail)))
+    labels = np.random.default_rng(0).integers(0, 3, (2, 3, 3))
+    batch = batch_of(model, labels, rows=2)  # all sizes are three: only the graph tells which are the classes
+    wanted = F.cross_entropy(ran(model, batch)["y"].movedim(axis, 1), torch.from_numpy(labels))
+    assert float(loss_of(task_objective(model, TrainSettings()), model, batch)) == pytest.approx(float(wanted))
+
+
 def test_a_loss_of_the_user(tmp_path: Path) -> None:
     file = tmp_path / "task.py"
     file.write_text("def own(outputs, labels):\n    return (outputs['y'].mean() - labels.float().mean()) ** 2\n"

@@ -60,7 +60,9 @@ def fitting(case: Case) -> str:
     alike = _squeezed(case.labels.shape) == _squeezed(case.output.shape)
     if alike and case.maker == "sigmoid":
         return "binary-cross-entropy"
-    if alike and (case.maker == "softmax" or "logit" in case.name.lower()) and case.output.dim() > 1:
+    if alike and not case.maker and "logit" in case.name.lower() and _one_each(case.output.shape):
+        return "binary-cross-entropy"
+    if alike and (case.maker == "softmax" or "logit" in case.name.lower()):
         return "cross-entropy"
     if alike:
         return "mse"
@@ -154,6 +156,11 @@ def class_axis(shape: torch.Size, axis: int | None) -> int:
     return axis if axis is not None else 1 if len(shape) >= 4 else len(shape) - 1
 
 
+def _one_each(shape: torch.Size) -> bool:
+    """Tell whether an output is one number per row: a score that a Sigmoid would make a probability of."""
+    return len(_squeezed(shape)) < 2
+
+
 def _is_soft(case: Case) -> bool:
     return case.scores.dim() > 1 and _squeezed(case.labels.shape) == _squeezed(case.scores.shape)
 
@@ -188,7 +195,8 @@ def _check_classes(case: Case) -> int:
         axis = class_axis(case.scores.shape, case.axis)
         sums = case.labels.reshape(case.scores.shape).sum(axis, dtype=torch.float32)
         if bool((case.labels < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
-            raise case.refuse("soft labels that do not sum to 1", "a row of soft labels holds a probability per class")
+            raise case.refuse("soft labels that do not sum to 1", "a row of soft labels holds a probability per class; "
+                              "of questions that do not exclude each other: loss = binary-cross-entropy")  # fmt: skip
         return axis
     found = _class_axis(case)
     if found is None:

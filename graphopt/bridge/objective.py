@@ -178,12 +178,13 @@ class DistillObjective(Objective):
         student, axis = own.read(outputs, shape)
         teacher, its_axis = other.read(targets, shape)
         _same_shape(student, teacher, own.output, other.output)
+        along = class_axis(student.shape, axis if axis is not None else its_axis)
         kind, maker = self._settings.output_loss, other.maker or own.maker
         if kind == "auto":
             kind = "kl" if maker or "logit" in own.output.lower() or "logit" in other.output.lower() else "mse"
         if kind == "kl":
-            return kl(student, teacher, axis if axis is not None else its_axis, maker, self._settings.temperature)
-        return mse_over_variance(student, teacher) if kind == "mse" else cosine(student, teacher)
+            return kl(student, teacher, along, maker, self._settings.temperature)
+        return mse_over_variance(student, teacher) if kind == "mse" else cosine(student, teacher, along)
 
     def _feature(
         self, term: TapTerm, outputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
@@ -222,11 +223,13 @@ def distill_objective(student: Model, teacher: Teacher | Model, settings: Distil
 def kl(student: torch.Tensor, teacher: torch.Tensor, axis: int | None, maker: str, temperature: float) -> torch.Tensor:
     """Return T^2 KL(teacher || student) of scores at a temperature, mean over rows, steps, pixels or questions."""
     s, t = student / temperature, teacher.to(student.dtype) / temperature
+    along = class_axis(s.shape, axis)
     if maker == "sigmoid":
         p = torch.sigmoid(t)
         entropy = F.binary_cross_entropy_with_logits(t, p)
         return temperature**2 * (F.binary_cross_entropy_with_logits(s, p) - entropy)
-    along = class_axis(s.shape, axis)
+    if not maker and (s.dim() < 2 or s.shape[along] == 1):
+        return kl(student, teacher, axis, "sigmoid", temperature)  # one score per row: a Sigmoid's
     each = F.kl_div(s.log_softmax(along), t.log_softmax(along), reduction="none", log_target=True)
     return temperature**2 * each.sum(along).mean()
 

@@ -17,12 +17,15 @@ import torch
 
 from graphopt.analysis.outputs import probability_outputs
 from graphopt.model import Model
-from graphopt.ops import DEQUANTIZE, QUANTIZE, STANDARD_DOMAINS
+from graphopt.ops import DEQUANTIZE, QUANTIZE, STANDARD_DOMAINS, WEIGHTED
 from graphopt.tensors import is_float
 
 _MAKERS = {"Softmax": "softmax", "LogSoftmax": "softmax", "Sigmoid": "sigmoid"}
 _UNMOVED = frozenset({"Identity", "Cast", "Dropout"}) | QUANTIZE | DEQUANTIZE
 _RESHAPES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+_LAST = frozenset({"Gemm", "MatMul"})
+"""Layers whose features are the last axis."""
+
 _TINY = 1e-30
 
 
@@ -84,7 +87,7 @@ def scores(model: Model) -> dict[str, Score]:
     """Return where the scores of each float output are, by output."""
     makers = probability_outputs(model)
     outputs = [t for t in model.graph.outputs if t.dtype is None or is_float(t.dtype)]
-    return {t.name: _found(model, t) or _as_it_is(t.name, makers.get(t.name, "")) for t in outputs}
+    return {t.name: _found(model, t) or _as_it_is(t, makers.get(t.name, "")) for t in outputs}
 
 
 def from_probabilities(values: torch.Tensor, maker: str) -> torch.Tensor:
@@ -94,8 +97,31 @@ def from_probabilities(values: torch.Tensor, maker: str) -> torch.Tensor:
     return values.clamp_min(_TINY).log()
 
 
-def _as_it_is(name: str, maker: str) -> Score:
-    return Score(name, name, maker, probabilities=bool(maker))
+def _as_it_is(output: gs.Tensor, maker: str) -> Score:
+    axis = None if maker else _layer_axis(output)
+    return Score(output.name, output.name, maker, axis, probabilities=bool(maker))
+
+
+def _layer_axis(output: gs.Tensor) -> int | None:
+    """Return the axis of the features of a layer that makes an output, None where none does."""
+    perms: list[list[int]] = []
+    tensor = output
+    while isinstance(tensor, gs.Variable) and tensor.inputs:
+        node = tensor.inputs[0]
+        if node.op in WEIGHTED or node.op in _LAST:
+            axis = 1 if node.op in WEIGHTED else -1
+            for perm in reversed(perms):
+                axis = perm.index(axis % len(perm))
+            return axis
+        read = [t for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty()]
+        if len(read) != 1 or not (
+            node.op in _UNMOVED or node.op == "Add" or (node.op == "Transpose" and "perm" in node.attrs)
+        ):
+            return None
+        if node.op == "Transpose":
+            perms.append([int(p) for p in node.attrs["perm"]])
+        tensor = read[0]
+    return None
 
 
 def _found(model: Model, output: gs.Tensor) -> Score | None:

@@ -45,6 +45,7 @@ class TrainSettings:
         accumulate: batches whose gradients make one update.
         optimizer: sgd, adam, adamw, rmsprop.
         rate: the largest learning rate.
+        relative: the rate is a part of each tensor's root mean square: one rate for tensors of any scale.
         momentum: of sgd and rmsprop.
         nesterov: of sgd.
         weight_decay: not for norms, biases and scales.
@@ -76,6 +77,7 @@ class TrainSettings:
     accumulate: int = 1
     optimizer: str = "adamw"
     rate: float = 1e-3
+    relative: bool = False
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4

@@ -59,7 +59,7 @@ class Optimizer:
         others = [name for name in parameters if name not in decayed]
         self._order = [*weights, *others]
         decays = ((weights, settings.weight_decay), (others, 0.0))
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [parameters[name] for name in part], "weight_decay": decay, "part": 1.0}
             for names, decay in decays
             for part in ([[name] for name in names] if settings.relative else [names])

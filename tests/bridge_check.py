@@ -52,7 +52,7 @@ def difference(bridge: TrainableGraph, model: Model, feeds: Feeds) -> float:
         found = bridge.module(dict(feeds))
     worst = 0.0
     for name, wanted in Session(model, optimization="off").run(feeds).items():
-        ours, theirs = found[name].numpy().astype(np.float64), np.asarray(wanted).astype(np.float64)
+        ours, theirs = found[name].detach().numpy().astype(np.float64), np.asarray(wanted).astype(np.float64)
         assert ours.shape == theirs.shape, name
         if ours.size:
             scale = max(float(np.abs(theirs[np.isfinite(theirs)]).max(initial=0.0)), 1e-12)

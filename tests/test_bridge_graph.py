@@ -53,6 +53,22 @@ def test_names_that_become_the_same_are_kept_apart() -> None:
     assert len({id(p) for p in bridge.module.parameters()}) == 3
 
 
+@pytest.mark.parametrize("name", ["self", "class", "torch", "graph", "code", "training", "forward", "1:0", "_modules"])
+def test_any_name_will_do(name: str) -> None:
+    """Of an input, a node and a weight: those of Python, torch and its modules too."""
+    model = graph_of(LINEAR, {"w": normal(4, 3)})
+    model.graph.input[0].name = model.graph.node[0].input[0] = model.graph.node[0].name = name
+    assert list(check(model, {name: X}).parameters) == ["w"]
+    model = graph_of(LINEAR, {name: normal(4, 3)})
+    model.graph.node[0].input[1] = name
+    assert list(check(model, {"x": X}).parameters) == [name]
+
+
+def test_inputs_and_weights_may_be_outputs() -> None:
+    text = "g (float[n,4] x) => (float[n,4] x, float[4,3] w, float[n,3] y) { y = MatMul(x, w) }"
+    check(graph_of(text, {"w": normal(4, 3)}), {"x": X})
+
+
 def test_a_weight_used_twice_is_one_parameter() -> None:
     text = "g (float[n,4] x) => (float[n,4] y) { t = Transpose(w) a = MatMul(x, w) b = Relu(a) y = MatMul(b, t) }"
     bridge = check(graph_of(text, {"w": normal(4, 4)}), {"x": X})

@@ -6,6 +6,7 @@ reads from outside, its own constants among it, is handed to it, so a weight is 
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -117,7 +118,7 @@ class Builder:
         optional = {spec.name for spec in self.model.optional_inputs}
         for tensor in self.model.graph.inputs:
             if tensor.name not in optional:
-                frame.values[id(tensor)] = frame.fx.placeholder(_identifier(tensor.name))
+                frame.values[id(tensor)] = frame.fx.placeholder(f"in_{identifier(tensor.name)}")
         self._nodes(_needed(self.model.graph, taps), frame, {})
         frame.fx.output(tuple(self._out(frame, tensor) for tensor in (*self.model.graph.outputs, *taps)))
         return fx.GraphModule(self.root, frame.fx, "Bridge")
@@ -245,7 +246,7 @@ class Builder:
         inputs = tuple(self._input(frame, tensor, op, port) for port, tensor in enumerate(node.inputs))
         extras = {"outputs": len(node.outputs), "opset": opset, "code": _code_of(node)}
         keywords = arguments(node, op.function, opset, given, extras)
-        made = frame.fx.create_node("call_function", op.function, _trimmed(inputs), keywords, _identifier(label(node)))
+        made = frame.fx.create_node("call_function", op.function, _trimmed(inputs), keywords, identifier(label(node)))
         schema = schema_of(node.op, domain, opset)
         several = len(node.outputs) == 1 and (schema is None or schema.max_output > 1)
         on_host = op.host and (node.op in _SHAPES or all(t.is_empty() or self._hosted(t, frame) for t in node.inputs))
@@ -288,7 +289,7 @@ class Builder:
             self.on_host.add(id(tensor))
             frame.values[id(tensor)] = value
             return
-        name = _free(frame.root, f"constant_{len(frame.values)}")
+        name = free_name(frame.root, f"constant_{len(frame.values)}")
         frame.root.register_buffer(name, value, persistent=False)
         frame.values[id(tensor)] = frame.fx.get_attr(name)
 
@@ -340,7 +341,7 @@ class Builder:
             self._rename(frame, inner, outer)
 
     def _module(self, node: gs.Node, module: nn.Module, args: tuple[Any, ...], frame: Frame, **kind: bool) -> None:
-        name = _free(frame.root, _identifier(label(node)))
+        name = free_name(frame.root, identifier(label(node)))
         frame.root.add_module(name, module)
         self._outputs(node, frame.fx.call_module(name, args), frame, several=False, **kind)
 
@@ -453,15 +454,18 @@ def _tensor_of(array: np.ndarray[Any, Any], node: gs.Node) -> torch.Tensor:
         raise
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
     """Return a name that Python and torch accept, as like to `name` as may be."""
     found = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")
+    if keyword.iskeyword(found):
+        return f"{found}_"
     return found if found and not found[0].isdigit() else f"n_{found}"
 
 
-def _free(root: nn.Module, name: str) -> str:
+def free_name(root: nn.Module, name: str) -> str:
+    """Return a name that neither `root` nor a module made of a graph uses."""
     found, number = name, 0
-    while hasattr(root, found):
+    while hasattr(root, found) or hasattr(fx.GraphModule, found):
         number += 1
         found = f"{name}_{number}"
     return found

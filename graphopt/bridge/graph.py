@@ -9,7 +9,6 @@ Any loop, optimizer, `torch.compile` or data parallel wrapper may train the modu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import nn
 
-from graphopt.bridge.builder import Builder, Form
+from graphopt.bridge.builder import Builder, Form, free_name, identifier
 from graphopt.bridge.host import known_to_torch, to_numpy, to_torch
 from graphopt.bridge.module import GraphModule
 from graphopt.bridge.quantized import find_quantized
@@ -108,7 +107,7 @@ class TrainableGraph:
         start = self.quantized.start(key) if key in self._trained else None
         if not known_to_torch(slot.dtype):
             return  # the builder refuses a node that reads it
-        name = self._names[key] = _mangled(key, root)
+        name = self._names[key] = free_name(root, identifier(key))
         tensor = to_torch(slot.read() if start is None else start)
         if key not in self._trained:
             root.register_buffer(name, tensor)
@@ -116,8 +115,9 @@ class TrainableGraph:
         mask = self.masks.get(key)
         if mask is not None:
             tensor = tensor * to_torch(mask != 0)
-            root.register_buffer(f"{name}__mask", to_torch((mask != 0).astype(np.float32)), persistent=False)
-            forms[name] = Form(torch.mul, (name, f"{name}__mask"))
+            held = free_name(root, f"{name}__mask")
+            root.register_buffer(held, to_torch((mask != 0).astype(np.float32)), persistent=False)
+            forms[name] = Form(torch.mul, (name, held))
         root.register_parameter(name, nn.Parameter(tensor))
 
     def channel_axis(self, name: str) -> int:
@@ -179,17 +179,6 @@ def _rounded(array: Array, dtype: np.dtype[Any]) -> Array:
 
     limit = float(ml_dtypes.finfo(dtype).max)
     return np.where(np.isfinite(array), np.clip(array, -limit, limit), array).astype(dtype)
-
-
-def _mangled(key: str, root: nn.Module) -> str:
-    """Return a free name on `root` that torch accepts."""
-    base = re.sub(r"\W+", "_", key, flags=re.ASCII).strip("_")
-    base = base if base and not base[0].isdigit() else f"c_{base}"
-    name, number = base, 0
-    while hasattr(root, name) or hasattr(root, f"{name}__mask"):
-        number += 1
-        name = f"{base}_{number}"
-    return name
 
 
 def _check_globs(globs: Iterable[str], names: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -145,7 +146,7 @@ class TrainingData:
     def arrays(self, index: Array) -> tuple[dict[str, Array], Labels]:
         """Return feeds and labels of samples (int64 numbers below all that were read) as arrays, unaugmented."""
         first = self._units[int(self._unit_of[index[0]])]
-        feeds = {name: self._gather(index, lambda unit, name=name: unit.feeds[name]) for name in first.feeds}  # type: ignore[misc]
+        feeds = {name: self._gather(index, partial(_feed, name)) for name in first.feeds}
         return feeds, self.labels(index)
 
     def labels(self, index: Array) -> Labels:
@@ -154,8 +155,8 @@ class TrainingData:
         if first.labels is None:
             return None
         if isinstance(first.labels, dict):
-            return {n: self._gather(index, lambda unit, n=n: unit.labels[n]) for n in first.labels}  # type: ignore[misc]
-        return self._gather(index, lambda unit: unit.labels)  # type: ignore[arg-type, return-value]
+            return {name: self._gather(index, partial(_label, name)) for name in first.labels}
+        return self._gather(index, partial(_label, ""))
 
     def _gather(self, index: Array, pick: Callable[[Unit], Piece]) -> Array:
         units = self._unit_of[index]
@@ -274,6 +275,16 @@ class TrainingData:
             usable = len(bucket) if self.batch is None else len(bucket) // size * size
             for start in range(0, usable, size):
                 yield self.arrays(bucket[start : min(start + size, usable)])[0]
+
+
+def _feed(name: str, unit: Unit) -> Piece:
+    return unit.feeds[name]
+
+
+def _label(name: str, unit: Unit) -> Piece:
+    held = unit.labels[name] if isinstance(unit.labels, dict) else unit.labels
+    assert held is not None  # units that share a batch have the same labels
+    return held
 
 
 def _classes(labels: Labels, rows: int) -> Array:

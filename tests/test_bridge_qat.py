@@ -365,3 +365,17 @@ def test_integer_operators_are_refused_with_what_helps(op: str) -> None:
     with pytest.raises(ModelError, match=op) as caught:
         TrainableGraph(_model([node], inputs, outputs, {}, 17))
     assert "graphopt quantize" in (caught.value.hint or "")
+
+
+def test_batch_normalization_that_is_not_folded_is_noted() -> None:
+    """The layer before it has no code behind it, so no integer kernel takes it."""
+    text = NETWORK.replace("e = Conv (d, w3, b3)", "p = Conv (d, w3, b3) e = BatchNormalization (p, m, m, b3, v)")
+    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 17]>\n' + text)
+    model.graph.initializer.extend(network().graph.initializer)
+    for name in ("m", "v"):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(16, np.float32), name))
+    made = int8(model=model)
+    (note,) = TrainableGraph(made).quantized.notes
+    assert "--stage canonical" in note
+    canonical = int8(model=Pipeline("fold-affine").run(model, settings=Settings(verify="off")).model.proto)
+    assert not TrainableGraph(canonical).quantized.notes

@@ -336,7 +336,7 @@ def passes(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """List every pass with its options, one line each."""
+    """List every pass with its options."""
     _load_plugins(plugin)
     if check and not rules:
         raise SpecError("--check tries rules", hint="graphopt passes --rules --check")
@@ -356,11 +356,15 @@ def passes(
     ]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("pass", "options", "", "what it does"):
-        table.add_column(title, overflow="fold")
+        table.add_column(title, overflow="fold", max_width=_OPTIONS if title == "options" else None)
     for row in rows:
         options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
         table.add_row(row["name"], options, row["exactness"], row["summary"])
     emit({"passes": rows}, as_json, table)
+
+
+_OPTIONS = 100
+"""Columns that the options of a pass take; more of them go over several lines."""
 
 
 def _list_rules(chosen: dict[str, type[Pass]], check: bool, seed: int, as_json: bool) -> None:

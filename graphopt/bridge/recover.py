@@ -83,7 +83,8 @@ def recover(
     trained = bridge.write_back()
     before, after = (None if loss is None else -loss(one) for one in (model, trained))
     count = sum(int(np.prod(p.shape)) for p in bridge.parameters.values())
-    return Recovered(trained, history, len(bridge.parameters), count, (before, after), list(objective.notes))
+    notes = [*objective.notes, *bridge.quantized.notes]
+    return Recovered(trained, history, len(bridge.parameters), count, (before, after), notes)
 
 
 def distill(

@@ -317,18 +317,19 @@ def test_some_are_trained_and_some_are_frozen() -> None:
 
 
 def test_roles_are_by_use() -> None:
-    text = """g (float[n,4] x, int64[n] i) => (float[n,4] y) {
+    text = """g (float[n,4] x, int64[n] i) => (float[n,4] z) {
         e = Gather(table, i) a = Add(e, x) n = LayerNormalization(a, gain, shift)
         h = MatMul(n, w) k = Add(h, bias) r = PRelu(k, slope) s = Mul(r, eps) m = Add(s, mask)
-        y = Softmax(m) }"""
+        y = Softmax(m) u = Add(y, shifted) z = Mul(u, gate) }"""
     constants = {
         "table": normal(7, 4), "gain": normal(4), "shift": normal(4, seed=1), "w": normal(4, 4), "bias": normal(4),
         "slope": normal(4), "eps": np.array([0.5], np.float32), "mask": np.array([[0, 0, 0, -np.inf]], np.float32),
+        "shifted": np.array([[0, 0, -100, -100]], np.float32), "gate": np.array([[1, 1, 1, 1]], np.float32),
     }  # fmt: skip
     bridge = check(graph_of(text, constants), {"x": X, "i": np.arange(5)})
     assert bridge.roles == {
         "table": "weight", "gain": "norm", "shift": "norm", "w": "weight", "bias": "bias", "slope": "norm",
-        "eps": "scalar", "mask": "fixed",
+        "eps": "scalar", "mask": "fixed", "shifted": "fixed", "gate": "norm",
     }  # fmt: skip
 
 

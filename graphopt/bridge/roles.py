@@ -8,7 +8,7 @@
     zero-point    beside a scale
     codes         quantized weights (integers)
     scalar        one number: an epsilon, a bound
-    fixed         anything else: no gradient reaches an output, or no one learned it (masks of -inf)
+    fixed         anything else: no gradient reaches an output, or no one learned it (masks of 0 and -inf, of 0 and 1)
     integer       indices, shapes
 
 By use, not by name.  A constant that is used twice has the first of these roles in the order of `_ORDER`.
@@ -148,7 +148,8 @@ def _to_float(node: gs.Node) -> bool:
 
 def role_of(slot: Slot, live: set[int]) -> Role:
     """Return the role of a constant; `live` is what `reached` says of its model."""
-    roles = {_role_at(slot, node, port) for node, port in uses(slot.tensor)}
+    used = list(uses(slot.tensor))
+    roles = {_role_at(slot, node, port) for node, port in used}
     if not is_float(slot.dtype):
         held = roles & {CODES, ZERO_POINT}
         return next((role for role in _ORDER if role in held), INTEGER)
@@ -157,7 +158,10 @@ def role_of(slot: Slot, live: set[int]) -> Role:
     role = next(role for role in _ORDER if role in roles)
     if role not in LEARNED:
         return role
-    return role if id(slot.tensor) in live and _ordinary(slot.read()) else FIXED
+    if id(slot.tensor) not in live or not _ordinary(slot.read()):
+        return FIXED
+    of_layer = any((node.op, port) in PORTS for node, port in used)
+    return role if of_layer or not _of_mask(slot.read()) else FIXED
 
 
 def uses(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
@@ -205,6 +209,12 @@ def _after_layer(node: gs.Node, port: int) -> bool:
 def _ordinary(values: Array) -> bool:
     """Tell whether these may be learned values."""
     return bool(values.size) and bool(np.all(np.abs(values.astype(np.float32)) < _LARGEST))  # False for NaN
+
+
+def _of_mask(values: Array) -> bool:
+    """Tell whether values are zeros and one other number: which places count, not what was learned."""
+    marked = values[values != 0]
+    return 1 < marked.size < values.size and bool((marked == marked[0]).all())
 
 
 def channel_axis(slot: Slot) -> int:

@@ -101,6 +101,8 @@ def test_what_was_cut_is_learned_again(cut: str) -> None:
     assert [r.status for r in after.report.passes] == ["changed", "changed"]
     assert error(after.model) < (1.1 if cut == CUTS["codes"] else 0.7) * error(before.model)
     assert [n.op for n in after.model.nodes()] == [n.op for n in before.model.nodes()]
+    if cut == CUTS["zeros"]:
+        np.testing.assert_array_equal(values(after.model)["w1"] == 0, values(before.model)["w1"] == 0)
     onnx.checker.check_model(after.proto, full_check=True)
     again = run(f"{cut}, {train}", after.proto)
     assert again.report.passes[1].status != "changed"
@@ -165,3 +167,15 @@ def test_bad_data_is_one_error(tmp_path: Path) -> None:
     task.write_text(LABELS.replace("argmax(axis=1)", "argmax(axis=1) + 7"))
     with pytest.raises(DataError, match="label 9 where there are 3 classes"):
         run(f'finetune{{data="{task}:train"}}')
+
+
+def test_defaults_of_inputs_and_another_teacher(tmp_path: Path) -> None:
+    model = network()
+    model.graph.input.append(helper.make_tensor_value_info("w1", TensorProto.FLOAT, [192, 24]))
+    onnx.save(network(1), tmp_path / "teacher.onnx")
+    result = run(f'distill{{steps=10, rate=0.01, teacher="{tmp_path}/teacher.onnx"}}', model)
+    before, after = values(load(model)), values(result.model)
+    assert np.abs(after["w1"] - before["w1"]).max() > 0.001  # ten updates at up to 0.01
+    assert [i.name for i in result.proto.graph.input] == ["x", "w1"]
+    twin = run(f'distill{{steps=10, rate=0.01, teacher="{tmp_path}/teacher.onnx"}}')
+    np.testing.assert_array_equal(values(twin.model)["w1"], after["w1"])

@@ -64,6 +64,13 @@ class Common:
         float,
         typer.Option(metavar="X", help="part of the samples that does not train: half of it chooses, half judges"),
     ] = 0.2
+    standardize: Annotated[
+        bool,
+        typer.Option("--standardize", help="write mean and variance of the samples into the graph first, by channel"),
+    ] = False
+    start_from_teacher: Annotated[
+        bool, typer.Option("--start-from-teacher", help="take the teacher's weights first, where names fit")
+    ] = False
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="where the state is saved, for --resume to go on from")
     ] = None
@@ -87,6 +94,7 @@ class Common:
         threads = None if self.threads is None else list(self.threads)
         return {
             "bound": replace(bound, defaults=False), "select": self.select, "held_out": self.held_out,
+            "standardize": self.standardize, "start_from_teacher": self.start_from_teacher,
             "checkpoint": self.checkpoint, "resume": self.resume, "measure": self.measure,
             "threads": thread_counts(threads) or 1, "budget": self.budget, "seed": self.seed,
         }  # fmt: skip

@@ -50,6 +50,8 @@ class Options(TypedDict, total=False):
     bound: Bound
     select: Metric | None
     held_out: float
+    standardize: bool
+    start_from_teacher: bool
     checkpoint: str | Path | None
     resume: bool
     measure: bool
@@ -68,6 +70,8 @@ class Request:
         select: metric that chooses the best weights (`file.py:function` as in `Bound.metric`, of other items); None:
             the loss on held-out samples does.
         held_out: part of the samples that does not train: half of it chooses, half of it judges.
+        standardize: write mean and variance of the samples into the graph first, per channel or feature.
+        start_from_teacher: take the teacher's weights first, where names fit: of the channels that are left.
         checkpoint: folder that the state is saved in, each time that the model was looked at.
         resume: go on from there.
         measure: time the result beside the reference.
@@ -80,6 +84,8 @@ class Request:
     bound: Bound = field(default_factory=lambda: Bound(defaults=False))
     select: Metric | None = None
     held_out: float = 0.2
+    standardize: bool = False
+    start_from_teacher: bool = False
     checkpoint: str | Path | None = None
     resume: bool = False
     measure: bool = True
@@ -187,8 +193,9 @@ def train(model: Model, teacher: Model | None, data: Spec, settings: TrainSettin
     samples = load_training_data(data, model, settings, seed=request.seed, labelled=labelled)
     run = _Run(model, teacher, samples, settings, request, judges=leads())
     before = run.stage("before", model)
+    start, notes = _started(model, teacher, run.training, request)
     done = recover(
-        model, teacher, run.training, settings, selecting=run.selecting, metric=request.select,
+        start, teacher, run.training, settings, selecting=run.selecting, metric=request.select,
         seed=request.seed, checkpoint=None if request.checkpoint is None else Path(request.checkpoint),
         resume=request.resume, progress=request.progress,
     )  # fmt: skip
@@ -198,8 +205,25 @@ def train(model: Model, teacher: Model | None, data: Spec, settings: TrainSettin
     before.loss, after.loss = done.losses
     if request.measure and leads():
         run.time(stages, [*([] if teacher is None else [teacher]), model, done.model])
-    report = run.report(stages, done)
+    report = run.report(stages, done, notes)
     return Trained(done.model, report, done.history, leads()).since(started)
+
+
+def _started(model: Model, teacher: Model | None, data: TrainingData, request: Request) -> tuple[Model, list[str]]:
+    """Return what training starts from, and what was done to it."""
+    from graphopt.bridge.standardize import standardize  # noqa: PLC0415  (torch is an extra)
+    from graphopt.bridge.start_from import start_from  # noqa: PLC0415
+
+    notes = []
+    if request.start_from_teacher:
+        if teacher is None:
+            raise SpecError("there is no teacher to start from", at="start_from_teacher", hint="name the teacher")
+        model = model.copy()
+        notes.append(f"{len(start_from(model, teacher))} weights were the teacher's at first")
+    if request.standardize:
+        model = standardize(model, data)
+        notes.append("the inputs are standardised in the graph; `graphopt optimize` folds that into what follows")
+    return model, notes
 
 
 class _Run:
@@ -263,7 +287,7 @@ class _Run:
                     first, other, stage.name, LOOKS, lambda c: c.overall.high < 1.0 or c.overall.low > 1.0, confidence
                 )
 
-    def report(self, stages: list[Stage], done: Recovered) -> TrainingReport:
+    def report(self, stages: list[Stage], done: Recovered, notes: Sequence[str]) -> TrainingReport:
         """Return what was done."""
         rows = {"train": self.training, "choose": self.selecting, "judge": self.judging}
         after = stages[-1]
@@ -271,7 +295,7 @@ class _Run:
             model=str(self.model.path or "<memory>"), seed=self.request.seed, bound=self.request.bound.to_dict(),
             before=size_of(self.model), after=size_of(done.model), reason=done.history.stopped,
             decision="distilled" if len(stages) == 3 else "trained", quality=after.quality, timing=after.timing,
-            bytes_before=stages[-2].bytes, bytes_after=after.bytes, notes=[*self.data.notes, *done.notes],
+            bytes_before=stages[-2].bytes, bytes_after=after.bytes, notes=[*self.data.notes, *notes, *done.notes],
             samples={"training": self.data.description}, stages=stages, settings=asdict(self.settings),
             history=done.history.to_dict(), trained=done.tensors, parameters=done.parameters,
             rows={name: part.rows for name, part in rows.items() if part is not None},

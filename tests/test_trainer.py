@@ -103,6 +103,22 @@ def test_labels_teach_too(cut: Path) -> None:
     assert after.quality.evaluation.candidate == pytest.approx(accuracy(found.model))
 
 
+def test_a_student_starts_where_its_teacher_is_and_standardises(cut: Path, samples: Path) -> None:
+    settings = DistillSettings(steps=1, rate=0.0)
+    same = graphopt.distill(
+        cut, teacher=digits.demo_model(), data=str(samples), settings=settings, measure=False, start_from_teacher=True
+    )
+    assert "weights were the teacher's at first" in " ".join(same.report.notes)
+    plain = graphopt.distill(
+        cut, teacher=digits.demo_model(), data=str(samples), settings=settings, measure=False, standardize=True
+    )
+    assert len(list(plain.model.nodes())) > len(list(load(cut).nodes()))
+    with np.load(samples) as archive:
+        feeds = {"image": archive["image"][:8]}
+    changed, before = (Session(load(m)).run(feeds)["logits"] for m in (plain.model, cut))
+    assert np.abs(changed - before).max() > 0.01  # other inputs than its weights knew: to be trained
+
+
 def test_training_that_helps_nothing_leaves_the_model_as_it_was(samples: Path) -> None:
     """At a rate that destroys, the weights before the first update are the best."""
     found = graphopt.distill(

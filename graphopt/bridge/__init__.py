@@ -18,6 +18,23 @@ except ImportError as error:
     ) from error
 del _torch
 
-from graphopt.bridge.graph import TrainableGraph  # noqa: E402  (after the check for torch)
+from graphopt.bridge.batches import TrainingData, load_training_data  # noqa: E402  (after the check for torch)
+from graphopt.bridge.graph import TrainableGraph  # noqa: E402
+from graphopt.bridge.loop import train  # noqa: E402
+from graphopt.bridge.objective import Objective, distill_objective, task_objective  # noqa: E402
+from graphopt.bridge.standardize import standardize  # noqa: E402
+from graphopt.bridge.start_from import start_from  # noqa: E402
+from graphopt.bridge.teacher import Teacher  # noqa: E402
 
-__all__ = ["TrainableGraph"]
+__all__ = [
+    "Objective",
+    "Teacher",
+    "TrainableGraph",
+    "TrainingData",
+    "distill_objective",
+    "load_training_data",
+    "standardize",
+    "start_from",
+    "task_objective",
+    "train",
+]

@@ -1,7 +1,7 @@
 """Quantized (QDQ) models that are trained: codes through floats, scales through logarithms, biases tied.
 
     DequantizeLinear(codes, s, z)    trained as   (q - z) s,  q = clip(round(u p / s)) + z,  u p = (codes - z) s first
-    scale s                          trained as   s = s0 exp(t), t = 0 at first: always positive, exact where untrained
+    scale s                          trained as   s = s0 exp(t - 1), t = 1 first: always positive, exact where untrained
     int32 bias b of a layer          trained as   round(b / (s_x s_w)) s_x s_w
 
 The scale of a bias is always the product of the scales of the layer's input and weight: integer kernels take it for
@@ -151,7 +151,7 @@ class Quantized:
         """Return what a trained slot's parameter begins as, None for slots that have nothing to do with codes."""
         if key in self.coded:
             return self.coded[key].start()
-        return np.zeros(self.stored[key].shape, np.float32) if key in self.scales else None
+        return np.ones(self.stored[key].shape, np.float32) if key in self.scales else None
 
     def forms(self, root: nn.Module, names: Mapping[str, str], trained: Collection[str]) -> dict[str, Form]:
         """Return what nodes read in the place of codes and scales, by name on `root`, which gets constants for that.
@@ -203,8 +203,8 @@ class Quantized:
         """Return what is to be stored, by slot, in the stored types.
 
         Args:
-            trained: parameters by slot: floats of codes, logarithms of scales.  Biases of layers are encoded anew
-                where a scale of their layer is trained, even if they are not.
+            trained: parameters by slot: floats of codes, logarithms of scales plus 1.  Biases of layers are encoded
+                anew where a scale of their layer is trained, even if they are not.
         """
         out: dict[str, Array] = {}
         for key, leader in self.scales.items():

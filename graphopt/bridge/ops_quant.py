@@ -121,11 +121,12 @@ def learned_scale(logarithm: Tensor, stored: Tensor, *, half: bool = False, whol
     """Return a scale while it is trained.
 
     Args:
-        logarithm: what it is multiplied by, as a logarithm; trained.
+        logarithm: what it is multiplied by, as a logarithm plus 1, so that a rate may be relative to it; trained.
         stored: the scale as it was.
         half: round it to float16, as it will be stored.
         whole: round it to a power of two (`stored` is one).
     """
+    logarithm = logarithm - 1.0
     scale = stored * torch.exp(logarithm)
     if half:
         return scale + (scale.half().float() - scale).detach()

@@ -20,7 +20,7 @@ from graphopt.bridge.table import Op, Table
 from graphopt.errors import ModelError
 
 _SLACK = 1 + 1e-7
-"""Sizes are products in float32, which may round up to the next integer."""
+"""What is computed in float32 may be a rounding below an integer or a tie, where ORT rounds up."""
 
 _SMOOTH = {3: "linear", 4: "bilinear", 5: "trilinear"}
 """Rank -> torch's name of the linear mode."""
@@ -70,8 +70,8 @@ def _half_pixel_for_nearest(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def _half_pixel_symmetric(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    adjustment = axis.out / (axis.scale * axis.length)
-    return axis.length / 2 * (1 - adjustment) + _half_pixel(x, axis)
+    adjustment = axis.out / (torch.full_like(x, axis.scale) * axis.length)
+    return axis.length / 2 * (1 - adjustment) + _asymmetric(x + 0.5, axis) - 0.5
 
 
 def _align_corners(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -93,7 +93,7 @@ _COORDINATES: Mapping[str, Callable[[torch.Tensor, Axis], torch.Tensor]] = {
 }  # fmt: skip
 
 _NEAREST: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "round_prefer_floor": lambda x: torch.ceil(x - 0.5), "round_prefer_ceil": lambda x: torch.floor(x + 0.5),
+    "round_prefer_floor": lambda x: torch.ceil(x - 0.5), "round_prefer_ceil": lambda x: torch.floor(x * _SLACK + 0.5),
     "floor": torch.floor, "ceil": torch.ceil,
 }  # fmt: skip
 

@@ -333,6 +333,20 @@ def test_roles_are_by_use() -> None:
     }  # fmt: skip
 
 
+def test_numbers_of_places_are_not_trained() -> None:
+    """Windows are told apart by numbers that constants make; the mask made of them is no weight."""
+    text = """g (float[n,4] x) => (float[n,4] y) {
+        s = ScatterND(zeros, places, ones) d = Sub(s, row) e = Equal(d, nought) m = Where(e, nought, far)
+        h = MatMul(x, w) y = Add(h, m) }"""
+    constants = {
+        "zeros": np.zeros((2, 4), np.float32), "places": np.array([[1]]), "ones": np.ones((1, 4), np.float32),
+        "row": np.array([[0, 1, 2, 3]], np.float32), "nought": np.zeros((), np.float32), "w": normal(4, 4),
+        "far": np.array([[-5.0, -4, -3, -2]], np.float32),
+    }  # fmt: skip
+    bridge = check(graph_of(text, constants), {"x": X[:2]})
+    assert set(bridge.parameters) == {"w", "far"}
+
+
 def test_ways_to_call_the_module() -> None:
     text = "g (float[n,4] x, float[n,4] z) => (float[n,3] y) { a = Add(x, z) y = MatMul(a, w) }"
     bridge = TrainableGraph(graph_of(text, {"w": normal(4, 3)}))

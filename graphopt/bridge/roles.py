@@ -22,6 +22,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analysis.constants import is_constant
 from graphopt.model import Model
 from graphopt.ops import is_standard
 from graphopt.slots import Array, Slot
@@ -107,7 +108,30 @@ NO_GRADIENT: Mapping[str, frozenset[int]] = {
 
 
 def reached(model: Model) -> set[int]:
-    """Return the tensors (by `id`) that a gradient of some output reaches."""
+    """Return the tensors (by `id`) that a gradient of some output reaches, those for masks left out."""
+    return _behind_outputs(model) - _compared(model)
+
+
+def _compared(model: Model) -> set[int]:
+    """Return what constants alone make and Equal compares, and what that is made of: numbers of places, for masks."""
+    found: set[int] = set()
+    for graph in model.graphs():
+        fixed: set[int] = set()
+        compared: list[gs.Tensor] = []
+        for node in graph.nodes:
+            if node.inputs and all(id(t) in fixed or is_constant(t) or not t.name for t in node.inputs):
+                fixed.update(id(t) for t in node.outputs)
+            if is_standard(node, "Equal"):
+                compared.extend(node.inputs)
+        while compared:
+            tensor = compared.pop()
+            if id(tensor) not in found and (id(tensor) in fixed or is_constant(tensor)):
+                found.add(id(tensor))
+                compared.extend(t for node in tensor.inputs for t in node.inputs)
+    return found
+
+
+def _behind_outputs(model: Model) -> set[int]:
     functions = {(f.domain, f.name): f for f in model.functions}
     callers: dict[int, list[gs.Tensor]] = {}
     for node in model.nodes():

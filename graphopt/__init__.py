@@ -88,4 +88,6 @@ def __getattr__(name: str) -> Any:
     """Return a public name that is imported late (PEP 562)."""
     if name in _LATER:
         return getattr(importlib.import_module(_LATER[name]), name)
+    if name == "bridge":  # a package that needs torch
+        return importlib.import_module("graphopt.bridge")
     raise AttributeError(f"module 'graphopt' has no attribute '{name}'")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -345,6 +347,12 @@ def test_numbers_of_places_are_not_trained() -> None:
     }  # fmt: skip
     bridge = check(graph_of(text, constants), {"x": X[:2]})
     assert set(bridge.parameters) == {"w", "far"}
+
+
+def test_the_bridge_is_there_when_it_is_asked_for() -> None:
+    """Importing graphopt imports no torch; its attribute `bridge` does."""
+    code = "import sys, graphopt; assert 'torch' not in sys.modules; graphopt.bridge.TrainableGraph"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_ways_to_call_the_module() -> None:

@@ -18,11 +18,11 @@ from tests.zoo_files import fetched
 
 torch.set_num_threads(1)
 
-QUICK = {"ppocr-cls", "silero-vad", "silero-vad-half", "squeezenet", "shufflenet", "magika"}
+QUICK = {"ppocr-cls", "silero-vad", "silero-vad-half", "squeezenet", "shufflenet"}
 """Seconds each; the rest of the zoo takes minutes."""
 
 STRUCTURES = {
-    "swin-torchscript", "yolo-dynamo", "bilstm-dynamo", "conformer-dynamo", "unet-torchscript", "gqa-dynamo",
+    "yolo-dynamo", "bilstm-dynamo", "conformer-dynamo", "unet-torchscript", "gqa-dynamo",
     "handmade-computed-weights", "handmade-slopes",
 }  # fmt: skip
 """One of each kind; the rest are the slow ones."""

@@ -145,6 +145,19 @@ def test_local_functions_are_put_in_place() -> None:
     assert set(bridge.parameters) == {"w", "v", "b"}
 
 
+@pytest.mark.parametrize("calls", ["local.f0", "local.f1"])
+def test_functions_that_call_each_other_without_end_are_refused(calls: str) -> None:
+    """Two calls at each of thirty depths; a function that calls itself."""
+    text = ["g (float[n,4] x) => (float[n,4] y) { h = MatMul(x, w) y = local.f0(h) }"]
+    for depth in range(30):
+        inner = f"local.f{depth + 1}" if calls == "local.f1" else calls
+        body = f"{{ a = {inner}(x) y = {inner}(a) }}" if depth < 29 else "{ y = Relu(x) }"
+        text.append(f'<opset_import: ["" : 17, "local" : 1], domain: "local"> f{depth} (x) => (y) {body}')
+    model = graph_of("\n".join(text), {"w": normal(4, 4)})
+    with pytest.raises(ModelError, match=r"call each other|nested too deeply|itself|recurs"):
+        TrainableGraph(model)
+
+
 def test_constants_in_every_spelling() -> None:
     """Attributes of numbers, sparse tensors in nodes and in initializers: what is stored sparse stays zero there."""
     text = """g (float[n,4] x) => (float[n,3] y) {

@@ -34,6 +34,9 @@ from graphopt.order import used_tensors
 _SHAPES = frozenset({"Shape", "Size"})
 _DEPTH = 32
 
+MOST_CALLED = 100_000
+"""Nodes that calls of local functions may add: a few functions that call each other twice make any number."""
+
 FOLDED = frozenset(
     {
         "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Gather", "Identity", "Mul", "Neg", "Reshape", "Shape",
@@ -107,6 +110,7 @@ class Builder:
         self.on_host: set[int] = set()
         self.known: dict[int, Any] = {}
         self.opsets = dict(model.opsets)
+        self.left = MOST_CALLED + sum(len(graph.nodes) for graph in model.graphs())
 
     def run(self, taps: Sequence[gs.Tensor] = ()) -> fx.GraphModule:
         """Return a module of the model's inputs, in order, that gives its outputs and then the taps.
@@ -131,6 +135,9 @@ class Builder:
         if depth > _DEPTH:
             raise ModelError("functions or branches are nested too deeply", hint="the model is damaged or hostile")
         for node in nodes:
+            self.left -= 1
+            if self.left < 0:
+                raise ModelError("local functions call each other too often", hint="the model is damaged or hostile")
             called = self.functions.get((node.domain or "", node.op))
             if called is not None:
                 self._call(node, called, frame, given, depth)

@@ -7,40 +7,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from graphopt.arguments import load_plugins, shapes, thread_counts
-from graphopt.cli_lossy import bound_of, finish
+from graphopt.cli_lossy import Common
 from graphopt.console import emit, working
 from graphopt.errors import SpecError
-from graphopt.options import (
-    AsJson,
-    Batch,
-    Contrib,
-    CustomOps,
-    DecisionsFile,
-    Globs,
-    Halves,
-    MaxDrop,
-    MaxLoss,
-    Metric,
-    MinAgreement,
-    MinCosine,
-    MinSqnr,
-    ModelPath,
-    Output,
-    Plugins,
-    Provider,
-    Seconds,
-    Seed,
-    Shape,
-    TimedThreads,
-    WriteDecisions,
-)
+from graphopt.options import Globs, Halves, ModelPath
+from graphopt.setting_options import offers
 
 
+@offers(common=Common)
 def prune(
     context: typer.Context,
+    *,
     model: ModelPath,
-    output: Output = None,
     data: Halves = None,
     ratio: Annotated[
         float | None, typer.Option(metavar="X", help="part of each group's channels that goes; needs no samples")
@@ -51,12 +29,6 @@ def prune(
         float | None, typer.Option(metavar="X", help="part of the lossless model's measured time that stays")
     ] = None,
     drop_blocks: Annotated[int, typer.Option(metavar="N", help="residual blocks that go, the most idle first")] = 0,
-    evaluate: Metric = None,
-    max_drop: MaxDrop = None,
-    min_sqnr: MinSqnr = None,
-    min_cosine: MinCosine = None,
-    min_agreement: MinAgreement = None,
-    max_loss: MaxLoss = None,
     criterion: Annotated[
         str | None,
         typer.Option(
@@ -101,59 +73,33 @@ def prune(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="time the result beside the lossless model")
     ] = True,
-    provider: Provider = "cpu",
-    threads: TimedThreads = None,
-    contrib: Contrib = False,
-    budget: Seconds = 60.0,
-    decisions: DecisionsFile = None,
-    write_decisions: WriteDecisions = None,
-    shape: Shape = None,
-    batch: Batch = 1,
-    seed: Seed = 0,
-    custom_ops: CustomOps = None,
-    everything: Annotated[bool, typer.Option("--all", help="every group in the table")] = False,
-    plugin: Plugins = None,
-    as_json: AsJson = False,
+    common: Common,
 ) -> None:
     """Cut channels, heads and blocks, and fit what remains to what the model computed before.
 
     Say how much: a ratio or a target.  Without, the most is cut that keeps the bound on the accuracy (--eval, or a
     limit on the outputs; by default what suits them).
     """
-    from graphopt import destinations, pruner  # noqa: PLC0415  (heavy imports only when needed)
-    from graphopt.model import load  # noqa: PLC0415
+    from graphopt import pruner  # noqa: PLC0415  (heavy imports only when needed)
     from graphopt.pruning_report import render  # noqa: PLC0415
 
-    files: dict[str, Path | str | None] = {
-        "MODEL": model, "--data": data, "--gradients": gradients, "--decisions": decisions, "--output": output,
-        "--write-decisions": write_decisions,
-    }  # fmt: skip
-    destinations.check(files, output, write_decisions)
-    load_plugins(plugin)
-    source = load(model, custom_ops=custom_ops or ())
-    amounts = {
-        "ratio": ratio, "target_macs": target_macs, "target_params": target_params, "target_latency": target_latency,
-    }  # fmt: skip
+    source = common.loaded(model, data=data, gradients=gradients)
     if explain:
         _check_explain(context)
-        with working(f"looking at {model.name}", as_json):
-            report = pruner.explain(source, normalization=normalization, seed=seed)
-        emit(report.to_dict(), as_json, render(report, everything=everything))
+        with working(f"looking at {model.name}", common.as_json):
+            report = pruner.explain(source, normalization=normalization, seed=common.seed)
+        emit(report.to_dict(), common.as_json, render(report, everything=common.everything))
         return
     asked_for: dict[str, Any] = {
-        **amounts, "drop_blocks": drop_blocks, "criterion": criterion, "scope": scope, "aggregate": aggregate,
+        "ratio": ratio, "target_macs": target_macs, "target_params": target_params, "target_latency": target_latency,
+        "drop_blocks": drop_blocks, "criterion": criterion, "scope": scope, "aggregate": aggregate,
         "reconstruct": reconstruct, "steps": steps, "schedule": schedule, "round_to": round_to, "least": least,
         "only": tuple(only or ()), "skip": tuple(skip or ()), "normalization": normalization, "gradients": gradients,
         "measure": measure,
     }  # fmt: skip
-    with working(f"pruning {model.name}", as_json) as progress:
-        result = pruner.prune(
-            source, data=data, bound=bound_of(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss),
-            shapes=shapes(shape), batch=batch, threads=thread_counts(threads) or 1, provider=provider,
-            contrib=contrib, budget=budget, seed=seed, decisions=decisions, progress=progress, **asked_for,
-        )  # fmt: skip
-    shown = render(result.report, everything=everything)
-    finish(result, shown, output=output, write_decisions=write_decisions, as_json=as_json)
+    with working(f"pruning {model.name}", common.as_json) as progress:
+        result = pruner.prune(source, data=data, progress=progress, **asked_for, **common.arguments())
+    common.finish(result, render(result.report, everything=common.everything))
 
 
 EXPLAINS = {"model", "explain", "normalization", "seed", "custom_ops", "everything", "plugin", "as_json"}

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from graphopt.arguments import load_plugins, shapes, thread_counts
-from graphopt.cli_lossy import bound_of, finish
+from graphopt.cli_lossy import Common
 from graphopt.console import working
-from graphopt.options import (
-    AsJson,
-    Batch,
-    Contrib,
-    CustomOps,
-    DecisionsFile,
-    MaxDrop,
-    MaxLoss,
-    Metric,
-    MinAgreement,
-    MinCosine,
-    MinSqnr,
-    ModelPath,
-    Output,
-    Plugins,
-    Provider,
-    Seconds,
-    Seed,
-    Shape,
-    TimedThreads,
-    WriteDecisions,
-)
+from graphopt.options import ModelPath
+from graphopt.setting_options import offers
 
 Samples = Annotated[
     str | None,
@@ -47,16 +25,11 @@ Isa = Annotated[
 ]
 
 
+@offers(common=Common)
 def quantize(
+    *,
     model: ModelPath,
-    output: Output = None,
     data: Samples = None,
-    evaluate: Metric = None,
-    max_drop: MaxDrop = None,
-    min_sqnr: MinSqnr = None,
-    min_cosine: MinCosine = None,
-    min_agreement: MinAgreement = None,
-    max_loss: MaxLoss = None,
     precision: Annotated[
         Literal["int8", "fp16"], typer.Option(help="of arithmetic: int8 where it pays, or fp16 as asked, for GPUs")
     ] = "int8",
@@ -75,43 +48,20 @@ def quantize(
         typer.Option(help="fastest, or smallest file (weight-only forms, which may be slower)"),
     ] = "latency",
     isa: Isa = "vnni",
-    provider: Provider = "cpu",
-    threads: TimedThreads = None,
-    contrib: Contrib = False,
-    budget: Seconds = 60.0,
-    decisions: DecisionsFile = None,
-    write_decisions: WriteDecisions = None,
-    shape: Shape = None,
-    batch: Batch = 1,
-    seed: Seed = 0,
-    custom_ops: CustomOps = None,
-    everything: Annotated[bool, typer.Option("--all", help="every layer in the table")] = False,
-    plugin: Plugins = None,
-    as_json: AsJson = False,
+    common: Common,
 ) -> None:
     """Quantize what gets faster by it and keeps the accuracy; else return the lossless model, and say why.
 
     Without --eval and limits, what is asked of an output follows from what it looks like: classes, a mask, rows of
     numbers.
     """
-    from graphopt import destinations  # noqa: PLC0415  (heavy imports only when needed)
-    from graphopt.model import load  # noqa: PLC0415
-    from graphopt.quantization_report import render  # noqa: PLC0415
+    from graphopt.quantization_report import render  # noqa: PLC0415  (heavy imports only when needed)
     from graphopt.quantizer import quantize as run_quantize  # noqa: PLC0415
 
-    files: dict[str, Path | str | None] = {
-        "MODEL": model, "--data": data, "--decisions": decisions, "--output": output,
-        "--write-decisions": write_decisions,
-    }  # fmt: skip
-    destinations.check(files, output, write_decisions)
-    load_plugins(plugin)
-    bound = bound_of(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss)
-    with working(f"quantizing {model.name}", as_json) as progress:
+    source = common.loaded(model, data=data)
+    with working(f"quantizing {model.name}", common.as_json) as progress:
         result = run_quantize(
-            load(model, custom_ops=custom_ops or ()), data=data, bound=bound, precision=precision,
-            weight_only=weight_only, block=block, objective=objective, isa=isa, provider=provider,
-            threads=thread_counts(threads) or 1, contrib=contrib, shapes=shapes(shape), batch=batch, budget=budget,
-            seed=seed, decisions=decisions, progress=progress,
+            source, data=data, precision=precision, weight_only=weight_only, block=block, objective=objective, isa=isa,
+            progress=progress, **common.arguments(),
         )  # fmt: skip
-    shown = render(result.report, everything=everything)
-    finish(result, shown, output=output, write_decisions=write_decisions, as_json=as_json)
+    common.finish(result, render(result.report, everything=common.everything))

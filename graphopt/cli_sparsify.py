@@ -7,38 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from graphopt.arguments import load_plugins, shapes, thread_counts
-from graphopt.cli_lossy import bound_of, finish
+from graphopt.cli_lossy import Common
 from graphopt.console import working
-from graphopt.options import (
-    AsJson,
-    Batch,
-    Contrib,
-    CustomOps,
-    DecisionsFile,
-    Globs,
-    Halves,
-    MaxDrop,
-    MaxLoss,
-    Metric,
-    MinAgreement,
-    MinCosine,
-    MinSqnr,
-    ModelPath,
-    Output,
-    Plugins,
-    Provider,
-    Seconds,
-    Seed,
-    Shape,
-    TimedThreads,
-    WriteDecisions,
-)
+from graphopt.options import Globs, Halves, ModelPath
+from graphopt.setting_options import offers
 
 
+@offers(common=Common)
 def sparsify(
+    *,
     model: ModelPath,
-    output: Output = None,
     data: Halves = None,
     amount: Annotated[
         float | None,
@@ -62,12 +40,6 @@ def sparsify(
     scope: Annotated[
         Literal["global", "per-layer"], typer.Option(help="rank all layers together, or take the same part of each")
     ] = "global",
-    evaluate: Metric = None,
-    max_drop: MaxDrop = None,
-    min_sqnr: MinSqnr = None,
-    min_cosine: MinCosine = None,
-    min_agreement: MinAgreement = None,
-    max_loss: MaxLoss = None,
     only: Globs = None,
     skip: Globs = None,
     gradients: Annotated[
@@ -83,43 +55,21 @@ def sparsify(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="time what of it pays, or use static defaults")
     ] = True,
-    provider: Provider = "cpu",
-    threads: TimedThreads = None,
-    contrib: Contrib = False,
-    budget: Seconds = 60.0,
-    decisions: DecisionsFile = None,
-    write_decisions: WriteDecisions = None,
-    shape: Shape = None,
-    batch: Batch = 1,
-    seed: Seed = 0,
-    custom_ops: CustomOps = None,
-    everything: Annotated[bool, typer.Option("--all", help="every layer in the table")] = False,
-    plugin: Plugins = None,
-    as_json: AsJson = False,
+    common: Common,
 ) -> None:
     """Set weights to zero, so that the file is smaller; ONNX Runtime takes as long as before.
 
     Say how many: an amount or a pattern.  Without, the most is taken that keeps the bound on the accuracy (--eval, or
     a limit on the outputs; by default what suits them).
     """
-    from graphopt import destinations, sparsifier  # noqa: PLC0415  (heavy imports only when needed)
-    from graphopt.model import load  # noqa: PLC0415
+    from graphopt import sparsifier  # noqa: PLC0415  (heavy imports only when needed)
     from graphopt.sparsity_report import render  # noqa: PLC0415
 
-    files: dict[str, Path | str | None] = {
-        "MODEL": model, "--data": data, "--gradients": gradients, "--decisions": decisions, "--output": output,
-        "--write-decisions": write_decisions,
-    }  # fmt: skip
-    destinations.check(files, output, write_decisions)
-    load_plugins(plugin)
-    with working(f"sparsifying {model.name}", as_json) as progress:
+    source = common.loaded(model, data=data, gradients=gradients)
+    with working(f"sparsifying {model.name}", common.as_json) as progress:
         result = sparsifier.sparsify(
-            load(model, custom_ops=custom_ops or ()), data=data,
-            bound=bound_of(min_sqnr, min_cosine, min_agreement, evaluate, max_drop, max_loss), amount=amount,
-            criterion=criterion, scope=scope, pattern=pattern, only=only or (), skip=skip or (), gradients=gradients,
-            storage=storage, optimize=optimize, measure=measure, provider=provider,
-            threads=thread_counts(threads) or 1, contrib=contrib, shapes=shapes(shape), batch=batch, budget=budget,
-            seed=seed, decisions=decisions, progress=progress,
+            source, data=data, amount=amount, criterion=criterion, scope=scope, pattern=pattern, only=only or (),
+            skip=skip or (), gradients=gradients, storage=storage, optimize=optimize, measure=measure,
+            progress=progress, **common.arguments(),
         )  # fmt: skip
-    shown = render(result.report, everything=everything)
-    finish(result, shown, output=output, write_decisions=write_decisions, as_json=as_json)
+    common.finish(result, render(result.report, everything=common.everything))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,22 +10,10 @@ import typer
 from rich.text import Text
 
 from graphopt.arguments import thread_counts
-from graphopt.cli_lossy import bound_of
+from graphopt.cli_lossy import Limits
 from graphopt.console import emit, training
 from graphopt.errors import SpecError
-from graphopt.options import (
-    AsJson,
-    CustomOps,
-    MaxLoss,
-    Metric,
-    MinAgreement,
-    MinCosine,
-    MinSqnr,
-    ModelPath,
-    Output,
-    Seed,
-    TimedThreads,
-)
+from graphopt.options import AsJson, CustomOps, ModelPath, Output, Seed, TimedThreads
 from graphopt.setting_options import offers
 from graphopt.training import DistillSettings, TrainSettings
 
@@ -36,21 +24,16 @@ _SAMPLES = ".npz, folder of .npz, test_data_set folder, or file.py:function"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(Limits):
     """Options of both commands, beside those of the training itself."""
 
     output: Output = None
-    evaluate: Metric = None
     max_drop: Annotated[
         str | None,
         typer.Option(
             metavar="X|X%", help="largest drop of the metric from the reference's [default: it is only shown]"
         ),
     ] = None
-    min_sqnr: MinSqnr = None
-    min_cosine: MinCosine = None
-    min_agreement: MinAgreement = None
-    max_loss: MaxLoss = None
     select: Annotated[
         str | None,
         typer.Option(
@@ -88,15 +71,11 @@ class Common:
 
     def arguments(self) -> dict[str, Any]:
         """Return what both functions of `graphopt.trainer` take."""
-        bound = bound_of(
-            self.min_sqnr, self.min_cosine, self.min_agreement, self.evaluate, self.max_drop, self.max_loss
-        )
-        threads = None if self.threads is None else list(self.threads)
         return {
-            "bound": replace(bound, defaults=False), "select": self.select, "held_out": self.held_out,
+            "bound": self.bound(defaults=False), "select": self.select, "held_out": self.held_out,
             "standardize": self.standardize, "start_from_teacher": self.start_from_teacher,
             "checkpoint": self.checkpoint, "resume": self.resume, "measure": self.measure,
-            "threads": thread_counts(threads) or 1, "budget": self.budget, "seed": self.seed,
+            "threads": thread_counts(list(self.threads or ())) or 1, "budget": self.budget, "seed": self.seed,
         }  # fmt: skip
 
 

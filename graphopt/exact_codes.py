@@ -1,13 +1,13 @@
 """Scales with which integer and float arithmetic give the same codes, bit for bit.
 
     scale of an activation   p 2^k,  p one of 1, 1.25, 1.5, 1.75 for the whole model, even zero point
-    scale of a weight        2^k
+    scale of a weight        p 2^k,  any p of these in each channel
 
-Every product of codes, every sum below 2^24 and every quotient by the next scale is then a float32 without rounding: it
-matters neither in which order is added nor whether floats or integers are.  With other scales a last digit decides
-where a value lies between two codes; the code that flips moves others, and after some tens of layers two ways to
-compute the same model differ by a part of what quantization itself costs.  An even zero point keeps ties: half to even
-is the same before it is added and behind.
+Every product of codes, every sum of them of up to 20 bits (the factors take the rest of 24) and every quotient by the
+next scale is then a float32 without rounding: it matters neither in which order is added nor whether floats or integers
+are.  With other scales a last digit decides where a value lies between two codes; the code that flips moves others, and
+after some tens of layers two ways to compute the same model differ by a part of what quantization itself costs.  An
+even zero point keeps ties: half to even is the same before it is added and behind.
 
 Powers of two as scales: Jain et al., "Trained Quantization Thresholds", MLSys 2020.  The price is up to one bit of the
 range, which training takes back (`graphopt finetune --qat`).
@@ -65,15 +65,16 @@ def exact_activation(code: Affine, phase: float, *, bounded: bool) -> Affine:
 
 
 def exact_weight(code: Affine, values: Array, least: Array | None = None) -> Affine:
-    """Return a weight's code with powers of two as scales, each the one that leaves less squared error.
+    """Return a weight's code with scales of the phases, each the one of its neighbours that leaves less squared error.
 
     Args:
         code: zero points 0, one scale or one per channel.
         values: the weight.
         least: no scale is to be smaller, in the shape of the scales; None for no such limit.
     """
-    exponents = np.log2(code.scale.astype(np.float64))
-    below, above = (replace(code, scale=normal(np.exp2(step(exponents)))) for step in (np.floor, np.ceil))
+    mantissa, exponent = np.frexp(code.scale.astype(np.float64))  # 0.5 <= mantissa < 1: three binary digits
+    scales = [np.ldexp(step(mantissa * 8) / 8, exponent) for step in (np.floor, np.ceil)]
+    below, above = (replace(code, scale=normal(scale)) for scale in scales)
     axes = tuple(i for i in range(values.ndim) if code.axis is None or i != code.axis % values.ndim)
     errors = [np.square(values - c.approximate(values)).sum(axis=axes, dtype=np.float64) for c in (below, above)]
     scale = np.where(errors[0] < errors[1], below.scale, above.scale)

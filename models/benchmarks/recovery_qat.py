@@ -105,7 +105,7 @@ def four_bits(model: Model, *, by_channel: bool = True, seed: int | None = None)
         nodes.append(node)
     model.graph.nodes.clear()
     model.graph.nodes.extend(nodes)
-    return load(model.proto)
+    return Pipeline("eliminate-dead").run(load(model.proto)).model
 
 
 def _fresh(layer: gs.Node, values: Array, rng: np.random.Generator) -> Array:
@@ -135,27 +135,36 @@ def digits() -> Iterator[Row]:
     teacher = load(demo_model())
     canonical = Pipeline(default_pipeline(17, "canonical").steps).run(teacher).model
 
-    def right(model: Model) -> float:
-        return float(np.mean(task.accuracy(Session(model, threads=1).run)))
+    answers = _answers(teacher)
+
+    def row(name: str, models: list[Model], seconds: float = 0.0) -> Row:
+        right = [float(np.mean(task.accuracy(Session(model, threads=1).run))) for model in models]
+        noise = [np.square(answers - _answers(model)).sum() / np.square(answers).sum() for model in models]
+        figures = {"accuracy": float(np.mean(right)), "least": min(right), "most": max(right)}
+        figures["SQNR, dB"] = -10 * float(np.log10(max(np.mean(noise), 1e-15)))
+        return Row("digits", name, {**figures, "file": models[0].emitted_bytes() / teacher.emitted_bytes()}, seconds)
 
     def trained(name: str, students: list[Model]) -> Row:
         started = time.process_time()
         data = [feeds for feeds, _ in task.train()]
-        found = [
-            right(distill(student, teacher, data, DIGITS, seed=seed, held_out=0.0).model)
+        models = [
+            distill(student, teacher, data, DIGITS, seed=seed, held_out=0.0).model
             for student, seed in zip(students, SEEDS, strict=True)
         ]
-        seconds = (time.process_time() - started) / len(SEEDS)
-        return Row(
-            "digits", name, {"accuracy": float(np.mean(found)), "least": min(found), "most": max(found)}, seconds
-        )
+        return row(name, models, (time.process_time() - started) / len(SEEDS))
 
-    yield Row("digits", "float", {"accuracy": right(teacher)})
+    yield row("float", [teacher])
     for scales, by_channel in (("a scale per channel", True), ("one scale per weight", False)):
         four = four_bits(canonical, by_channel=by_channel)
-        yield Row("digits", f"4 bits, {scales}, rounded", {"accuracy": right(four)})
+        yield row(f"4 bits, {scales}, rounded", [four])
         yield trained(f"4 bits, {scales}, trained", [four] * len(SEEDS))
     yield trained("control: 4 bits from random weights", [four_bits(canonical, seed=seed) for seed in SEEDS])
+
+
+def _answers(model: Model) -> Array:
+    """Return the logits of the calibration images, which train nothing here."""
+    session = Session(model, threads=1)
+    return np.concatenate([session.run(feeds)["logits"] for feeds in task.calibration()])
 
 
 def efficientnet(limit: int = crops.TEST_CROPS, keep: Path | None = None) -> Iterator[Row]:

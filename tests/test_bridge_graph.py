@@ -446,6 +446,13 @@ def test_shape_arithmetic_stays_in_one_compiled_graph() -> None:
         assert torch.equal(compiled(x)["y"], bridge.module(x)["y"])
 
 
+def test_a_shape_split_into_one_part_is_whole() -> None:
+    """One output of an operator that may have several, of a value on the host."""
+    text = """g (float[n,4] x) => (float[n,3] y) {
+        s = Shape(x) p = Split <axis = 0> (s) h = Reshape(x, p) y = MatMul(h, w) }"""
+    check(graph_of(text, {"w": normal(4, 3)}), {"x": X})
+
+
 def test_modules_are_ordinary_ones() -> None:
     """Copies are independent, states move between them, autocast computes in 16 bits, the graph's batch is known."""
     bridge = TrainableGraph(normed(), batch_norm="train")

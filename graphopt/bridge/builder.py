@@ -255,7 +255,7 @@ class Builder:
         keywords = arguments(node, op.function, opset, given, extras)
         made = frame.fx.create_node("call_function", op.function, _trimmed(inputs), keywords, identifier(label(node)))
         schema = schema_of(node.op, domain, opset)
-        several = len(node.outputs) == 1 and (schema is None or schema.max_output > 1)
+        several = "outputs" not in keywords and (schema is None or schema.max_output > 1)
         on_host = op.host and (node.op in _SHAPES or all(t.is_empty() or self._hosted(t, frame) for t in node.inputs))
         self._outputs(node, made, frame, several=several, on_host=on_host)
 

@@ -1,7 +1,7 @@
 """Scales with which integer and float arithmetic give the same codes, bit for bit.
 
-    scale of an activation   p 2^k,  p one of 1, 1.25, 1.5, 1.75 for the whole model, even zero point
-    scale of a weight        p 2^k,  any p of these in each channel
+    scale of an activation   p 2^k,  p one of 1, 1.25, 1.5, 1.75, the same for all that meet in a sum; even zero point
+    scale of a weight        p 2^k,  any of these, or the p of the output where input and output have different ones
 
 Every product of codes, every sum of them of up to 20 bits (the factors take the rest of 24) and every quotient by the
 next scale is then a float32 without rounding: it matters neither in which order is added nor whether floats or integers
@@ -34,7 +34,7 @@ _ROUNDING = 1.0 + 1e-6
 
 
 def phase_of(codes: Iterable[tuple[Affine, bool]]) -> float:
-    """Return the phase that widens, or cuts, the ranges of a model's activations least.
+    """Return the phase that widens, or cuts, the ranges of activations least.
 
     Args:
         codes: scalar codes, each with whether its range must not get wider.
@@ -64,16 +64,31 @@ def exact_activation(code: Affine, phase: float, *, bounded: bool) -> Affine:
     return Affine(np.asarray(scale, np.float32), np.asarray(min(max(zero, low), high) // 2 * 2).astype(code.dtype))
 
 
-def exact_weight(code: Affine, values: Array, least: Array | None = None) -> Affine:
+def weight_phase(input_scale: float, output_phase: float) -> float | None:
+    """Return the phase that the weights of a layer need, None where any does.
+
+    The factor between sums and output, input scale x weight scale / output scale, is to have few binary digits: the
+    weight's has to hold the odd part of the output's, unless that is 1 or the input's.
+    """
+    of_input = 2.0 * float(np.frexp(input_scale)[0])
+    return None if output_phase in (1.0, of_input) else output_phase
+
+
+def exact_weight(code: Affine, values: Array, least: Array | None = None, *, phase: float | None = None) -> Affine:
     """Return a weight's code with scales of the phases, each the one of its neighbours that leaves less squared error.
 
     Args:
         code: zero points 0, one scale or one per channel.
         values: the weight.
         least: no scale is to be smaller, in the shape of the scales; None for no such limit.
+        phase: of the scales; None for any of the phases.
     """
-    mantissa, exponent = np.frexp(code.scale.astype(np.float64))  # 0.5 <= mantissa < 1: three binary digits
-    scales = [np.ldexp(step(mantissa * 8) / 8, exponent) for step in (np.floor, np.ceil)]
+    wanted = code.scale.astype(np.float64) / (phase or 1.0)
+    mantissa, exponent = np.frexp(wanted)  # 0.5 <= mantissa < 1: in eighths it has three binary digits
+    digits = 8 if phase is None else 1
+    scales = [(phase or 1.0) * np.ldexp(step(mantissa * digits) / digits, exponent) for step in (np.floor, np.ceil)]
+    if phase is not None:
+        scales[0] = scales[1] / 2
     below, above = (replace(code, scale=normal(scale)) for scale in scales)
     axes = tuple(i for i in range(values.ndim) if code.axis is None or i != code.axis % values.ndim)
     errors = [np.square(values - c.approximate(values)).sum(axis=axes, dtype=np.float64) for c in (below, above)]

@@ -25,7 +25,7 @@ from graphopt.base import Change, Context, Pass
 from graphopt.codes import Affine, WeightMethod, activation_code, weight_code
 from graphopt.edit import Edit, is_output, label, make_node, replace_output
 from graphopt.errors import DataError
-from graphopt.exact_codes import exact_activation, exact_weight, phase_of
+from graphopt.exact_codes import exact_activation, exact_weight, phase_of, weight_phase
 from graphopt.names import left_out
 from graphopt.ops import is_standard
 from graphopt.registry import register
@@ -137,14 +137,13 @@ class QuantizeStatic(Pass):
         self, graph: gs.Graph, ctx: Context, chosen: list[gs.Node], placement: Placement, calibration: Calibration
     ) -> Change:
         codes = {number: self._code(calibration, members, ctx) for number, members in placement.groups.items()}
-        phase = None
+        phases: dict[int, float] = {}
         if self.exact:
-            bounded = {
-                number: any(_is_cut(placement, m) for m in members) for number, members in placement.groups.items()
-            }
-            phase = phase_of((code, bounded[number]) for number, code in codes.items())
-            codes = {n: exact_activation(code, phase, bounded=bounded[n]) for n, code in codes.items()}
-        writer = _Writer(graph, ctx, placement, self.weights, phase)
+            bounded = {n: any(_is_cut(placement, m) for m in members) for n, members in placement.groups.items()}
+            for part in _together(placement):
+                phases |= dict.fromkeys(part, phase_of((codes[n], bounded[n]) for n in part))
+            codes = {n: exact_activation(code, phases[n], bounded=bounded[n]) for n, code in codes.items()}
+        writer = _Writer(graph, ctx, placement, self.weights, phases)
         writer.codes.update(codes)
         what = f"{len(chosen)} layers and {len(placement.integer) - len(chosen)} operators between them in int8"
         return Change("the model", what, f"{ctx.target.provider} has integer kernels for them", writer.write)
@@ -165,9 +164,12 @@ class _Writer:
     """Writes codes into a graph."""
 
     def __init__(
-        self, graph: gs.Graph, ctx: Context, placement: Placement, weights: WeightMethod, phase: float | None = None
+        self, graph: gs.Graph, ctx: Context, placement: Placement, weights: WeightMethod, phases: Mapping[int, float]
     ) -> None:
-        self.graph, self.ctx, self.placement, self.weights, self.phase = graph, ctx, placement, weights, phase
+        self.graph, self.ctx, self.placement, self.weights = graph, ctx, placement, weights
+        self.exact = bool(phases)
+        made = {id(node): placement.coded.get(id(placement.output(node))) for node in placement.integer}
+        self.phase_of = {node: phases.get(coded.group, 1.0) for node, coded in made.items() if coded is not None}
         self.codes: dict[int, Affine] = {}
         self._scales: dict[int, tuple[gs.Constant, gs.Constant]] = {}
         self._scale_of: dict[int, gs.Constant] = {}
@@ -269,16 +271,16 @@ class _Writer:
             if index == form.weight:
                 self._weight(edit, node, index)
             else:
-                edit.set_input(node, index, self._constant(edit, tensor))
+                edit.set_input(node, index, self._constant(edit, tensor, self.phase_of.get(id(node), 1.0)))
 
-    def _constant(self, edit: Edit, tensor: gs.Tensor) -> gs.Tensor:
+    def _constant(self, edit: Edit, tensor: gs.Tensor, phase: float) -> gs.Tensor:
         """Return a constant operand that is no weight, dequantized from one code."""
         key = (id(tensor), -1)
         if key not in self._constants:
             values = _floats(tensor)
             code = activation_code(float(values.min(initial=0)), float(values.max(initial=0)), ACTIVATION)
-            if self.phase is not None:
-                code = exact_activation(code, self.phase, bounded=False)
+            if self.exact:
+                code = exact_activation(code, phase, bounded=False)
             self._constants[key] = self._stored(edit, tensor.name, code, values)
         return self._constants[key]
 
@@ -294,7 +296,10 @@ class _Writer:
             axis = output_axis(node)
             code = weight_code(values, axis, method=self.weights)
             roomy = code if bias is None else _roomy(code, _floats(bias).reshape(-1), input_scale)
-            code = roomy if self.phase is None else exact_weight(roomy, values, None if roomy is code else roomy.scale)
+            if self.exact:
+                phase = weight_phase(input_scale, self.phase_of.get(id(node), 1.0))
+                roomy = exact_weight(roomy, values, None if roomy is code else roomy.scale, phase=phase)
+            code = roomy
             self._constants[key] = self._stored(edit, weight.name, code, values)
         made = self._constants[key]
         edit.set_input(node, index, made)
@@ -338,6 +343,19 @@ def _unfit(calibration: Calibration, name: str, method: str) -> str:
     if width > OUTLIERS * most > 0.0:
         return f"has values so large ({max(-found.low, found.high):.3g}) that one code would stand for all others"
     return ""
+
+
+def _together(placement: Placement) -> list[list[int]]:
+    """Return groups of tensors in parts: those that meet in an operator other than a layer with a constant weight."""
+    part = {number: number for number in placement.groups}
+    for node in placement.integer:
+        weight = CPU_FORMS[node.op].weight
+        if weight is not None and is_constant(node.inputs[weight]):
+            continue
+        ends = (placement.coded.get(id(t)) for t in (*node.inputs, placement.output(node)))
+        met = {part[coded.group] for coded in ends if coded is not None}
+        part = {number: min(met) if held in met else held for number, held in part.items()}
+    return [[n for n, held in part.items() if held == one] for one in sorted(set(part.values()))]
 
 
 def _is_cut(placement: Placement, coded: Coded) -> bool:

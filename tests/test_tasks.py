@@ -263,7 +263,7 @@ def test_training_lines_are_no_others(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
     monkeypatch.setattr(training_lines, "CHUNK", 8)
     monkeypatch.setattr(render, "_files", lambda _: (latin_font(),))
-    lines = training_lines.Lines("some", seed=1, calibration=101, height=20, widest=100)
+    lines = training_lines.Lines("some", seed=1, calibration=101, height=20, widest=100, characters=0.5)
     first = list(lines.first(11))
     assert {line.picture.shape[0] for line in first} == {20}
     assert max(line.picture.shape[1] for line in first) <= 100

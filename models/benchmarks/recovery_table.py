@@ -22,7 +22,7 @@ weights are chosen on the selection split, in ONNX Runtime; quality is that of t
 chose.  *Points* are hundredths against the original, with the paired 95 % interval (bootstrap over items).  Time:
 processor time of one thread over that of the model that `optimize` makes without loss, paired, with the 95 % interval.
 Seconds: processor time of the whole command, choosing included (wall time in brackets, on a machine that others used,
-too); lines are rendered once and kept on disk, 2 ms each.
+too); lines are rendered once and kept on disk.
 
 """
 

@@ -23,7 +23,7 @@ from graphopt.models.tasks.training_lines import Lines
 TEST_LINES, SELECTION_LINES, CALIBRATION_LINES, TRAINING_LINES = 2000, 500, 128, 8192
 HEIGHT, WIDTH_STEP, BATCH, TRAINING_BATCH = 48, 80, 8, 16
 _SEEDS: dict[text.Split, int] = {"calibration": 101, "selection": 111, "test": 202}
-_TRAINING = Lines("ocr-rec", seed=121, calibration=_SEEDS["calibration"], height=HEIGHT)
+_TRAINING = Lines("ocr-rec", seed=121, calibration=_SEEDS["calibration"], height=HEIGHT, characters=0.5)
 _CHUNK = 128  # lines drawn at a time, then batched by width
 _TRAINING_CHUNK = 1024
 
@@ -35,9 +35,9 @@ def calibration(limit: int | None = None) -> Iterator[Feeds]:
 
 
 def training(limit: int | None = None) -> Iterator[Feeds]:
-    """Yield batches of up to 16 lines to train on, half of them Chinese, 8,192 unless asked for more.
+    """Yield batches of up to 16 lines to train on, 8,192 unless asked for more; no text of theirs is in another split.
 
-    No text of theirs is in another split.
+    Half are lines as those of the other splits, half are runs of random Chinese characters.
     """
     for _, feeds in _training(limit):
         yield feeds

@@ -44,7 +44,11 @@ def script_of(rng: np.random.Generator) -> text.Script:
 def line(rng: np.random.Generator, split: text.Split) -> Line:
     """Return a rendered line, Latin or Chinese with equal chance, worn by noise, blur and a small rotation."""
     script = script_of(rng)
-    words = text.line(rng, script, split)
+    return drawn(rng, script, text.line(rng, script, split))
+
+
+def drawn(rng: np.random.Generator, script: text.Script, words: str) -> Line:
+    """Return a text as a line, worn as `line` wears it."""
     font = _font(script, rng, int(rng.integers(26, 45)))
     left, top, right, bottom = (int(edge) for edge in font.getbbox(words))
     margin = (int(rng.integers(4, 12)), int(rng.integers(3, 8)))

@@ -21,6 +21,7 @@ Script = Literal["latin", "chinese"]
 
 _SHARES: tuple[Split, ...] = ("calibration", "test", "test", "test", "selection", "test", "test", "test")
 
+_Maker = Callable[[np.random.Generator], str]
 _DOMAINS = ("com", "org", "net", "de", "cn")
 
 
@@ -31,7 +32,15 @@ def in_split(text: str, split: Split) -> bool:
 
 def line(rng: np.random.Generator, script: Script, split: Split) -> str:
     """Return a random line of text that belongs to the split."""
-    kinds = _LATIN if script == "latin" else _CHINESE
+    return _drawn(rng, _LATIN if script == "latin" else _CHINESE, split)
+
+
+def characters(rng: np.random.Generator, split: Split) -> str:
+    """Return 4 to 10 random characters of GB 2312's first level, a text that belongs to the split."""
+    return _drawn(rng, (_characters,), split)
+
+
+def _drawn(rng: np.random.Generator, kinds: Sequence[_Maker], split: Split) -> str:
     while True:
         text = kinds[int(rng.integers(len(kinds)))](rng)
         if in_split(text, split):
@@ -101,7 +110,6 @@ def _common_characters() -> tuple[str, ...]:
     return tuple(code.decode("gb2312") for code in codes if code < b"\xd7\xfa")
 
 
-_Maker = Callable[[np.random.Generator], str]
 _LATIN: tuple[_Maker, ...] = (_phrase, _phrase, _phrase, _date, _price, _phone, _mail)
 _CHINESE: tuple[_Maker, ...] = (
     _chinese_phrase,

@@ -34,6 +34,8 @@ class Lines:
         seed: of its lines.
         calibration: seed of the lines that calibrate, whose texts these do not have.
         height: of pictures, in pixels.
+        characters: part of the lines that are runs of random Chinese characters, beside those that there are anyway:
+            a network that tells thousands of them apart keeps those that it is shown.
         widest: what wider pictures are squeezed to; 0: they stay as wide as they are.
     """
 
@@ -41,6 +43,7 @@ class Lines:
     seed: int
     calibration: int
     height: int
+    characters: float = 0.0
     widest: int = 0
 
     def first(self, count: int) -> Iterator[render.Line]:
@@ -49,7 +52,7 @@ class Lines:
             yield from itertools.islice(self._chunk(chunk), min(CHUNK, count - chunk * CHUNK))
 
     def _chunk(self, chunk: int) -> Iterator[render.Line]:
-        path = cache_dir() / "tasks" / f"{self.name}-{_made_by():08x}" / f"{chunk}.npz"
+        path = cache_dir() / "tasks" / f"{self.name}-{self.characters:g}-{_made_by():08x}" / f"{chunk}.npz"
         if not path.exists():
             self._draw(chunk, path)
         with np.load(path, allow_pickle=False) as file:
@@ -68,9 +71,14 @@ class Lines:
 
     def _line(self, index: int) -> render.Line:
         rng = np.random.default_rng([self.seed, index])
-        while (line := render.line(rng, "calibration")).text in calibrating(self.calibration):
+        while (line := self._any(rng)).text in calibrating(self.calibration):
             pass
         return line
+
+    def _any(self, rng: np.random.Generator) -> render.Line:
+        if self.characters and rng.random() < self.characters:
+            return render.drawn(rng, "chinese", text.characters(rng, "calibration"))
+        return render.line(rng, "calibration")
 
 
 @functools.cache

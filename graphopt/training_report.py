@@ -17,6 +17,10 @@ from graphopt.quality import Quality
 from graphopt.report import human_bytes, human_count
 
 
+BOTH = 2
+"""Stages without a teacher: there is nothing that outputs should be alike."""
+
+
 @dataclass
 class Stage:
     """One model on the way: what it was given, what training made of it.
@@ -87,7 +91,7 @@ def stages_table(stages: Sequence[Stage]) -> Table:
     columns = {
         "": [stage.name for stage in stages],
         "loss": [_number(stage.loss) for stage in stages],
-        **_by_output(stages),
+        **(_by_output(stages) if len(stages) > BOTH else {}),
         "metric": [_metric(stage.quality, number == 0) for number, stage in enumerate(stages)],
         "size": [human_bytes(stage.bytes) for stage in stages],
         "MACs": ["" if stage.macs is None else human_count(stage.macs) for stage in stages],

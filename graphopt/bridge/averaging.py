@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from graphopt.bridge.tensors import to_array
+
 Tensors = dict[str, Any]
 """Torch tensors by name."""
 
 
-def array(tensor: Any) -> np.ndarray[Any, Any]:
-    """Return the values of a tensor or number as an array; bfloat16, which NumPy does not know, as float32."""
-    if not isinstance(tensor, torch.Tensor):
-        return np.asarray(tensor)
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # type: ignore[no-any-return]
+def array(value: Any) -> np.ndarray[Any, Any]:
+    """Return the values of a tensor or number as an array; bfloat16, which files do not hold, as float32."""
+    if not isinstance(value, torch.Tensor):
+        return np.asarray(value)
+    return to_array(value.float() if value.dtype == torch.bfloat16 else value)
 
 
 def copied(tensors: Mapping[str, Any]) -> Tensors:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
+from graphopt.bridge.tensors import to_array
 from graphopt.errors import ModelError
 from graphopt.tensors import numpy_dtype
 
@@ -111,8 +112,7 @@ def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 def to_numpy(tensor: torch.Tensor, dtype: np.dtype[Any] | None = None) -> np.ndarray[Any, Any]:
     """Return a tensor's values as a new array, rounded to `dtype` where one is given (0-d stays 0-d)."""
-    held = tensor.detach().cpu()
-    values = held.float().numpy() if held.dtype is torch.bfloat16 else held.numpy()
+    values = to_array(tensor)
     return np.array(values, dtype=dtype, order="C", copy=True).reshape(values.shape)
 
 

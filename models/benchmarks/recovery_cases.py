@@ -56,19 +56,15 @@ class Case:
     minutes: float | None = None
 
 
-def commands(
-    task: str, *, macs: float, fitted_on: int, trained_on: int, right: str, training: str
-) -> dict[str, Command]:
+def commands(task: str, *, macs: float, fitting: str, trained_on: int, right: str, training: str) -> dict[str, Command]:
     """Return the two commands of a case: cut to a part of the MACs, train on lines without labels."""
-    cut = f"prune original.onnx --data {TASKS}{task}.py:training --target-macs {macs:g} --no-measure -o cut.onnx"
+    cut = f"prune original.onnx --data {TASKS}{task}.py:{fitting} --target-macs {macs:g} --no-measure -o cut.onnx"
     trained = (
         f"distill cut.onnx --teacher original.onnx --data {TASKS}{task}.py:training --held-out 0 "
         f"--select {TASKS}{task}.py:{right} {training} --no-measure --history history.json -o trained.onnx"
     )
-    return {
-        stage: Command(tuple(words.split()), {"GRAPHOPT_TASK_LIMIT": str(lines)})
-        for stage, words, lines in (("cut", cut, fitted_on), ("trained", trained, trained_on))
-    }
+    limit = {"GRAPHOPT_TASK_LIMIT": str(trained_on)}
+    return {"cut": Command(tuple(cut.split())), "trained": Command(tuple(trained.split()), limit)}
 
 
 def _timed(model: str) -> Callable[[], Mapping[str, Any]]:
@@ -78,13 +74,13 @@ def _timed(model: str) -> Callable[[], Mapping[str, Any]]:
 CASES: Mapping[str, Case] = {
     "cls": Case(
         "PP-OCR direction classifier, 50 % of MACs", lambda: zoo.fetch("ppocr-cls"),
-        commands("ocr_cls", macs=0.5, fitted_on=256, trained_on=8192, right="rotation_right_selection",
+        commands("ocr_cls", macs=0.5, fitting="calibration", trained_on=8192, right="rotation_right_selection",
                  training="--epochs 2"),
         {"directions right": ocr_cls.rotation_right}, _timed("ppocr-cls"), aim=0.005, latency=0.75, minutes=10.0,
     ),
     "rec": Case(
         "PP-OCR recogniser, 70 % of MACs", lambda: zoo.fetch("ppocr-rec"),
-        commands("ocr_rec", macs=0.7, fitted_on=512, trained_on=3072, right="lines_right_selection",
+        commands("ocr_rec", macs=0.7, fitting="fitting", trained_on=3072, right="lines_right_selection",
                  training="--epochs 1 --evaluations 2 --batch 16 --relative --rate 1e-4 --ema 0.98 --warmup 0.1"),
         {"Latin lines right": ocr_rec.lines_right_latin, "Chinese lines right": ocr_rec.lines_right_chinese},
         _timed("ppocr-rec"), aim=0.015,

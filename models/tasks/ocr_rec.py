@@ -20,7 +20,7 @@ from graphopt.models.tasks import Array, Feeds, Predict, Scores, item_limit, ren
 from graphopt.models.tasks.kept import kept
 from graphopt.models.tasks.training_lines import Lines
 
-TEST_LINES, SELECTION_LINES, CALIBRATION_LINES, TRAINING_LINES = 2000, 500, 128, 8192
+TEST_LINES, SELECTION_LINES, CALIBRATION_LINES, FITTING_LINES, TRAINING_LINES = 2000, 500, 128, 512, 8192
 HEIGHT, WIDTH_STEP, BATCH, TRAINING_BATCH = 48, 80, 8, 16
 _SEEDS: dict[text.Split, int] = {"calibration": 101, "selection": 111, "test": 202}
 _TRAINING = Lines("ocr-rec", seed=121, calibration=_SEEDS["calibration"], height=HEIGHT, characters=0.5)
@@ -32,6 +32,11 @@ def calibration(limit: int | None = None) -> Iterator[Feeds]:
     """Yield batches of up to 8 lines, ``x``: N, 3, 48, W with W a multiple of 80; 128 lines unless asked for more."""
     for _, feeds in _batches("calibration", item_limit(limit, max(limit or 0, CALIBRATION_LINES))):
         yield feeds
+
+
+def fitting(limit: int | None = None) -> Iterator[Feeds]:
+    """Yield the lines that calibrate and more of them, 512 in all: what weights are fitted to by least squares."""
+    yield from calibration(item_limit(limit, FITTING_LINES))
 
 
 def training(limit: int | None = None) -> Iterator[Feeds]:

@@ -31,7 +31,7 @@ from graphopt.model import load
 from graphopt.models.benchmarks.quantizers import compared
 from graphopt.models.benchmarks.quantizers_judge import Remembering
 from graphopt.models.benchmarks.recovery_cases import CASES, TASKS, Case, Command
-from graphopt.models.benchmarks.recovery_table import STAGES, Result, Stage, document
+from graphopt.models.benchmarks.recovery_table import Result, Stage, document
 from graphopt.optimizer import optimize
 from graphopt.timing import Prepared, quick_ratio
 
@@ -69,7 +69,7 @@ class Bench:
         for stage, command in self.case.commands.items():
             if not self._file(stage).exists():
                 self._write(f"{stage}.made.json", _run(command, self.folder))
-        for stage in STAGES:
+        for stage in self.case.stages:
             self._judge(stage)
             if self.timing:
                 self._time(stage)
@@ -77,14 +77,14 @@ class Bench:
     def result(self) -> Result:
         """Return all that the cache has of the case."""
         reference = self._scores("original")
-        stages = {}
-        for stage in STAGES:
-            if self._file(stage).exists():
-                stages[stage] = Stage(
-                    metrics=compared(reference, self._scores(stage)), macs=self._macs(stage),
-                    bytes=self._file(stage).stat().st_size, made=self._read(f"{stage}.made.json"),
-                    latency=self._read(f"{stage}.time.json"),
-                )  # fmt: skip
+        stages = {
+            stage: Stage(
+                metrics=compared(reference, self._scores(stage)), macs=self._macs(stage),
+                bytes=self._file(stage).stat().st_size, made=self._read(f"{stage}.made.json"),
+                latency=self._read(f"{stage}.time.json"),
+            )
+            for stage in self.case.stages
+        }  # fmt: skip
         return Result(self.case, stages)
 
     def _judge(self, stage: str) -> None:
@@ -101,6 +101,8 @@ class Bench:
             self._write(f"{stage}.time.json", ratio.to_dict())
 
     def _macs(self, stage: str) -> int:
+        """Return the work of a model; that of the original in its lossless form, whose shapes are all known."""
+        stage = LOSSLESS if stage == "original" else stage
         shapes = {name: np.shape(value) for name, value in self.case.feed().items()}
         return int(costs(load(self._file(stage)), inputs=shapes).macs)
 
@@ -167,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(name, given.cache.absolute() / name, given.limit, given.timing)
         if name in _names(given.only, parser):
             bench.run()
-        if (bench.folder / "trained.scores.npz").exists():
+        if all((bench.folder / f"{stage}.scores.npz").exists() for stage in bench.case.stages):
             results.append(bench.result())
     text = document(results, environment.summary(environment.describe(threads=1, provider="cpu")))
     print(text)

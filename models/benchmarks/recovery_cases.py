@@ -38,7 +38,8 @@ class Case:
     Attributes:
         title: heading.
         model: returns its file.
-        commands: stage -> what makes its file out of those before: `original.onnx`, `cut.onnx`, `trained.onnx`.
+        commands: stage -> what makes its file out of those before: `original.onnx`, `cut.onnx` ...; the last is the
+            result.
         metrics: name -> evaluation function on test items.
         feed: returns what is timed.
         aim: largest drop of each metric, in its units.
@@ -54,6 +55,11 @@ class Case:
     aim: float
     latency: float | None = None
     minutes: float | None = None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """All models that are judged, the original first, the result last."""
+        return ("original", *self.commands)
 
 
 def commands(task: str, *, macs: float, fitting: str, trained_on: int, right: str, training: str) -> dict[str, Command]:

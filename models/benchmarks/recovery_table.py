@@ -8,8 +8,6 @@ from typing import Any
 
 from graphopt.models.benchmarks.recovery_cases import Case
 
-STAGES = ("original", "cut", "trained")
-
 INTRODUCTION = """\
 ## Channels cut, then distilled without labels
 
@@ -98,13 +96,14 @@ def _seconds(made: Mapping[str, Any]) -> str:
 
 def _met(result: Result) -> str:
     """Say what was to be reached, and whether it was."""
-    case, trained = result.case, result.stages["trained"]
+    case, trained = result.case, result.stages[result.case.stages[-1]]
     drops = [found["drop"] for found in trained.metrics.values()]
     said = [_one(f"at most {100 * case.aim:g} points lost", max(drops) <= case.aim + 1e-12)]
     if case.latency is not None and trained.latency:
         said.append(_one(f"time at most {case.latency:g}", trained.latency["ratio"] <= case.latency))
     if case.minutes is not None:
-        within = trained.made["processor"] <= 2 * 60 * case.minutes
+        took = sum(stage.made["processor"] for stage in result.stages.values() if stage.made.get("rows"))
+        within = took <= 2 * 60 * case.minutes
         said.append(_one(f"training within {case.minutes:g} minutes of 2 cores", within))
     return f"Aims: {'; '.join(said)}. Rows that trained: {trained.made['rows']['train']}."
 

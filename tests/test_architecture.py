@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import tomllib
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@functools.cache
 def imports(path: Path, name: str) -> set[str]:
     """Every module that a file imports, at its top or inside functions, type-only imports left out."""
     tree = ast.parse(path.read_text())
@@ -50,6 +52,7 @@ def imports(path: Path, name: str) -> set[str]:
     return found
 
 
+@functools.cache
 def dependency_graph() -> nx.DiGraph:
     known = MODULES
     graph = nx.DiGraph()

@@ -120,8 +120,8 @@ def test_a_crash_and_a_hang_are_rows(relu: Path, tmp_path: Path) -> None:
 
 def test_the_driver_times_graphopt(relu: Path, tmp_path: Path) -> None:
     found = peers.drive(sys.executable, "graphopt", relu, tmp_path / "out.onnx", 100)
-    assert len(found["calls"]) == 5
-    assert [call["first"] for call in found["calls"]] == [1, 0, 0, 0, 0]
+    assert 1 <= len(found["calls"]) <= 5  # none is begun after two seconds
+    assert [call["first"] for call in found["calls"]] == [1, 0, 0, 0, 0][: len(found["calls"])]
     assert all(call["wall"] > 0 for call in found["calls"])
     assert onnx.load(tmp_path / "out.onnx").graph.node[0].op_type == "Relu"
 

@@ -56,7 +56,7 @@ BLOCKS = (
 """Outputs of blocks of EfficientNet-Lite0, which are to be alike, too: four photographs say little about the logits."""
 
 CROPS = DistillSettings(
-    steps=90, batch=8, rate=1e-4, weight_decay=0.0, output_loss="mse", taps=BLOCKS, learn_scales=False,
+    steps=400, batch=8, rate=1e-4, weight_decay=0.0, output_loss="mse", taps=BLOCKS, learn_scales=False,
     evaluations=0, augment=("vflip=0.1", "brightness=0.1", "contrast=0.3", "mixup=0.2", f"{__file__}:palette"),
 )  # fmt: skip
 """The calibration set has four photographs only: augmentation makes up for others."""

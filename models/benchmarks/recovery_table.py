@@ -105,7 +105,8 @@ def _met(result: Result) -> str:
         took = sum(stage.made["processor"] for stage in result.stages.values() if stage.made.get("rows"))
         within = took <= 2 * 60 * case.minutes
         said.append(_one(f"training within {case.minutes:g} minutes of 2 cores", within))
-    return f"Aims: {'; '.join(said)}. Rows that trained: {trained.made['rows']['train']}."
+    rows = ", ".join(str(stage.made["rows"]["train"]) for stage in result.stages.values() if stage.made.get("rows"))
+    return f"Aims: {'; '.join(said)}. Rows that trained: {rows}."
 
 
 def _one(aim: str, met: bool) -> str:

@@ -16,7 +16,6 @@ from graphopt.output_quality import OutputQuality
 from graphopt.quality import Quality
 from graphopt.report import human_bytes, human_count
 
-
 BOTH = 2
 """Stages without a teacher: there is nothing that outputs should be alike."""
 

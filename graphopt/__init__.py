@@ -84,6 +84,11 @@ _LATER = {
 """Public names whose modules are imported when they are first asked for: they take as long as all others together."""
 
 
+def __dir__() -> list[str]:
+    """Return all public names, those that are imported late as well."""
+    return sorted({*globals(), *_LATER})
+
+
 def __getattr__(name: str) -> Any:
     """Return a public name that is imported late (PEP 562)."""
     if name in _LATER:

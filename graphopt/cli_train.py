@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +15,12 @@ from graphopt.console import emit, training
 from graphopt.errors import SpecError
 from graphopt.options import AsJson, CustomOps, ModelPath, Output, Seed, TimedThreads
 from graphopt.setting_options import offers
-from graphopt.training import DistillSettings, TrainSettings
+from graphopt.training import HALF, DistillSettings, TrainSettings
 
 if TYPE_CHECKING:
     from graphopt.trainer import Trained
+
+PLOTS = (".png", ".svg", ".pdf")
 
 _SAMPLES = ".npz, folder of .npz, test_data_set folder, or file.py:function"
 
@@ -120,6 +122,8 @@ def finetune(
     if data is not None and teacher is None:
         raise SpecError("samples without labels need a teacher", at="--data", hint="--teacher MODEL, or --train")
     plain = settings if teacher is not None else _without_teacher(context, settings)
+    if teacher is not None and train is not None and not _named(context, "alpha"):
+        plain = replace(settings, alpha=HALF)
     _train("fine-tuning", model, train or data or "", common, plain, teacher=teacher, qat=qat)
 
 
@@ -127,12 +131,16 @@ def _without_teacher(context: typer.Context, settings: DistillSettings) -> Train
     """Return the settings of a training on labels alone; those of distillation are refused."""
     own = {one.name for one in fields(TrainSettings)}
     for one in fields(DistillSettings):
-        source = context.get_parameter_source(one.name)
-        if one.name not in own and source is not None and source.name == "COMMANDLINE":
+        if one.name not in own and _named(context, one.name):
             raise SpecError(
                 "this is about learning from a teacher", at="--" + one.name.replace("_", "-"), hint="--teacher"
             )
     return TrainSettings(**{name: getattr(settings, name) for name in own})
+
+
+def _named(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _train(
@@ -147,6 +155,8 @@ def _train(
         "--plot": common.plot,
     }  # fmt: skip
     destinations.check(files, common.output, common.history, common.plot)
+    if common.plot is not None and common.plot.suffix not in PLOTS:
+        raise SpecError("no such kind of plot", at=str(common.plot), hint=f"one of {', '.join(PLOTS)}")
     libraries = common.custom_ops or ()
     with training(f"{what} {model.name}", common.as_json) as progress:
         student, other = (None if p is None else load(p, custom_ops=libraries) for p in (model, teacher))

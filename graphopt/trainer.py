@@ -8,6 +8,7 @@ The reference is the teacher where there is one, else the model as it came.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,7 @@ from graphopt.profile import observe
 from graphopt.quality import Bound, QualityCheck
 from graphopt.samples import Feeds, Samples
 from graphopt.timing import prepare
-from graphopt.training import DistillSettings, TrainSettings
+from graphopt.training import HALF, DistillSettings, TrainSettings
 from graphopt.training_report import Stage, TrainingReport
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.held_out < 1.0:
-            raise SpecError(f"a part of the samples is held out, not {self.held_out:g}", at="held_out", hint="0.2")
+            raise SpecError(
+                f"a part of the samples is held out, not {self.held_out:g}", at="held_out", hint="between 0 and 1: 0.2"
+            )
         if self.resume and self.checkpoint is None:
             raise SpecError("there is no checkpoint to resume from", at="resume", hint="say in which folder it is")
 
@@ -149,7 +152,8 @@ def finetune(
     Args:
         model: what is trained; its graph stays as it is.
         train_on: pairs of feeds and labels, as in `load_samples`; feeds alone do where a teacher is all that teaches.
-        teacher: what it learns from, too: then the settings are those of `distill`.
+        teacher: what it learns from, too: then the settings are those of `distill`, where labels count as far as
+            `alpha` is below 1 (one half, where no settings are given).
         settings: of the training.
         qat: the model is quantized, and stays so: codes are trained through the floats that they stand for.
         **options: as in `Request`.
@@ -160,7 +164,7 @@ def finetune(
     given = load(model)
     check_quantized(given, qat)
     taught = None if teacher is None else load(teacher)
-    default = TrainSettings() if taught is None else DistillSettings()
+    default = TrainSettings() if taught is None else DistillSettings(alpha=HALF)
     return train(given, taught, train_on, settings or default, Request(**options))
 
 
@@ -184,6 +188,9 @@ def train(model: Model, teacher: Model | None, data: Spec, settings: TrainSettin
     Raises:
         GraphoptError: something given is not usable, or the bound is missed.
     """
+    if teacher is None and isinstance(settings, DistillSettings):
+        raise SpecError("these settings are of learning from a teacher, and there is none", at="settings",
+                        hint="TrainSettings(...), or name the teacher")  # fmt: skip
     from graphopt.bridge.batches import load_training_data  # noqa: PLC0415  (torch is an extra)
     from graphopt.bridge.parallel import leads  # noqa: PLC0415
     from graphopt.bridge.recover import recover  # noqa: PLC0415
@@ -199,10 +206,15 @@ def train(model: Model, teacher: Model | None, data: Spec, settings: TrainSettin
         seed=request.seed, checkpoint=None if request.checkpoint is None else Path(request.checkpoint),
         resume=request.resume, progress=request.progress,
     )  # fmt: skip
+    first, last = done.losses
+    if done.history.failed and not done.history.best_step and first is not None and not math.isfinite(first):
+        raise DataError(f"training failed: {done.history.stopped}", at=samples.description)
     after = run.stage("after", done.model)
     run.gate(after)
     stages = [before, after] if teacher is None else [run.stage("teacher", teacher), before, after]
-    before.loss, after.loss = done.losses
+    before.loss, after.loss = first, last
+    if run.selecting is not None and not done.history.best_step:
+        notes.append("no weights were better than those that it came with, which it keeps: try another rate")
     if request.measure and leads():
         run.time(stages, [*([] if teacher is None else [teacher]), model, done.model])
     report = run.report(stages, done, notes)
@@ -235,7 +247,13 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.settings, self.request, self.data = model, settings, request, data
         self.training, self.selecting, self.judging = data.parted(request.held_out / 2, judges=True, seed=request.seed)
-        self.reference = model if teacher is None else teacher
+        alike = teacher is not None and {o.name for o in teacher.outputs} == {o.name for o in model.outputs}
+        self.reference = teacher if teacher is not None and alike else model
+        self.notes: list[str] = []
+        if self.training is data and request.held_out:
+            self.notes.append(f"{data.rows} samples are too few to hold any out: nothing chose among the weights")
+        if teacher is not None and not alike:
+            self.notes.append("the teacher's outputs have other names: results are not compared with them")
         self.feeds = Samples(self._feeds, f"{self.judging.rows} held-out samples" if self.judging else "the samples")
         bound = request.bound
         if self.judging is None and bound.names_numbers:
@@ -244,7 +262,7 @@ class _Run:
                 hint="give more samples, or hold out more of them",
             )  # fmt: skip
         self.check: QualityCheck | None = None
-        if judges and (bound.metric is not None or (self.judging is not None and teacher is not None)):
+        if judges and (bound.metric is not None or (self.judging is not None and alike)):
             self.check = QualityCheck(self.reference, self.feeds, bound, request.seed, limit=1 << 30)
 
     def _feeds(self) -> Iterator[Feeds]:
@@ -295,7 +313,8 @@ class _Run:
             model=str(self.model.path or "<memory>"), seed=self.request.seed, bound=self.request.bound.to_dict(),
             before=size_of(self.model), after=size_of(done.model), reason=done.history.stopped,
             decision="distilled" if len(stages) == 3 else "trained", quality=after.quality, timing=after.timing,
-            bytes_before=stages[-2].bytes, bytes_after=after.bytes, notes=[*self.data.notes, *notes, *done.notes],
+            bytes_before=stages[-2].bytes, bytes_after=after.bytes,
+            notes=[*self.data.notes, *self.notes, *notes, *done.notes],
             samples={"training": self.data.description}, stages=stages, settings=asdict(self.settings),
             history=done.history.to_dict(), trained=done.tensors, parameters=done.parameters,
             rows={name: part.rows for name, part in rows.items() if part is not None},

@@ -19,6 +19,9 @@ LOSSES = ("auto", "cross-entropy", "binary-cross-entropy", "mse", "l1", "smooth-
 DISTILLING = ("auto", "kl", "mse", "cosine")
 TAP_LOSSES = ("mse", "cosine")
 
+HALF = 0.5
+"""`alpha` where there are both a teacher and labels, and nothing else is asked for."""
+
 _CHOICES = {
     "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "autocast": AUTOCASTS, "batch_norm": BATCH_NORMS,
     "sampling": SAMPLINGS, "output_loss": DISTILLING, "tap_loss": TAP_LOSSES,
@@ -59,7 +62,8 @@ class TrainSettings:
         l1: weight of the sum of absolute weights (as `weight_decay`, not norms, biases, scales).
         group_lasso: weight of the sum of the norms of output channels.
         autocast: type that forward passes compute in; empty: float32.
-        only, freeze: globs of initializers that are trained, that are not.
+        only: globs of initializers that are trained; without, all.
+        freeze: globs of initializers that are not trained.
         batch_norm: whether statistics of BatchNormalization are trained on, or frozen.
         learn_scales: whether scales of QuantizeLinear are trained (LSQ).
         patience: evaluations without a better one after which training ends; 0: never before its end.
@@ -112,7 +116,7 @@ class DistillSettings(TrainSettings):
 
     Attributes:
         temperature: that soft labels are taken at.
-        alpha: weight of what the teacher says; 1 - alpha is that of the labels, where there are any.
+        alpha: weight of what the teacher says; 1 - alpha is that of the labels: at 1 they are left out.
         output_loss: kl (of probabilities, per row or step of a sequence), mse, cosine; auto: kl where an output comes
             from a Softmax or Sigmoid, or is called logits, mse (over the teacher's variance) elsewhere.
         taps: tensors of both models that are to be alike; `student=teacher` where their names differ.

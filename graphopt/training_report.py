@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,10 @@ class TrainingReport(LossyReport):
     parameters: int = 0
     rows: dict[str, int] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, which has no numbers that are not finite: None there."""
+        return finite(super().to_dict())  # type: ignore[no-any-return]  # a dict stays one
+
     @property
     def head(self) -> str:
         """What was done, in a line."""
@@ -78,6 +83,15 @@ class TrainingReport(LossyReport):
         lines += [f"why: {self.reason}"] if self.reason else []
         lines += [f"missed: {failure}" for failure in self.quality.failures] if self.quality is not None else []
         return lines + [f"note: {note}" for note in dict.fromkeys(self.notes)]
+
+
+def finite(value: Any) -> Any:
+    """Return plain values with None in place of NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def render(report: TrainingReport) -> Group:

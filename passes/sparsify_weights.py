@@ -30,6 +30,9 @@ Array = np.ndarray[Any, Any]
 
 STORAGES = ("sparse", "dense")
 
+EMPTY = 0.999
+"""Part of a weight's zeros above which nothing comes through."""
+
 
 @register
 @dataclass(frozen=True)
@@ -193,6 +196,9 @@ class SparsifyWeights(Pass):
 
         def apply() -> None:
             layer.write(values)
+            if share > EMPTY:
+                way = "rank layers by themselves (spread=per-layer) or by samples"
+                ctx.notes.append(f"'{layer.tensor.name}' is all zeros now: {way}")
             mark = Mark(round(share, 6), self.pattern, self.request, self.storage)
             for node in layer.users:
                 write_mark(ctx.model.metadata(node), layer.port, mark)

@@ -136,7 +136,9 @@ def trained(
 
     def apply() -> None:
         found, course = ctx.training.train(settings, data, teacher)
-        ctx.notes.append(f"{put(found, ctx.model)} tensors trained: {course}")
+        changed = put(found, ctx.model)
+        said = f"{changed} tensors trained" if changed else "no weights were better than those that were there"
+        ctx.notes.append(f"{said}: {course}")
         record(ctx.model, request)
 
     updates = f"{settings.steps} updates" if settings.steps else f"{settings.epochs:g} epochs"

@@ -191,3 +191,31 @@ def test_without_torch_it_says_what_to_install(given: dict[str, Path], tmp_path:
     assert "pip install 'graphopt[train]'" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert not out.exists()
+
+
+def test_a_loss_that_is_never_a_number_is_refused(given: dict[str, Path], cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def nan(outputs, labels):\n    return outputs['logits'].sum() * float('nan')\n")
+    text = refused(
+        cli, tmp_path, "finetune", DIGITS, "--train", given["good"], "--loss", f"{tmp_path / 'mine.py'}:nan", "-o",
+        tmp_path / "out.onnx",
+    )  # fmt: skip
+    assert "nan" in text
+
+
+def test_augmentation_that_changes_the_size_is_refused(given: dict[str, Path], cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def cut(feeds, rng):\n    return {name: value[..., :5] for name, value in feeds.items()}\n"
+    )
+    text = refused(
+        cli, tmp_path, "finetune", DIGITS, "--train", given["good"], "--augment", f"{tmp_path / 'mine.py'}:cut", "-o",
+        tmp_path / "out.onnx",
+    )  # fmt: skip
+    assert "mine.py" in text
+
+
+def test_a_plot_of_no_known_kind_is_refused_at_once(given: dict[str, Path], cli: Cli, tmp_path: Path) -> None:
+    text = refused(
+        cli, tmp_path, "finetune", DIGITS, "--train", given["good"], "--plot", tmp_path / "plot.txt", "-o",
+        tmp_path / "out.onnx",
+    )  # fmt: skip
+    assert ".png" in text

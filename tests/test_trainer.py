@@ -186,3 +186,34 @@ def test_two_processes_write_one_model(cut: Path, samples: Path, tmp_path: Path)
     )
     for name, values in first.items():
         np.testing.assert_allclose(second[name], values, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_labels_and_a_teacher_teach_together(cut: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "task.py").write_text("from graphopt.models.digits.task import train\n")
+    asked = (
+        "finetune",
+        cut,
+        "--train",
+        f"{tmp_path / 'task.py'}:train",
+        "--teacher",
+        digits.demo_model(),
+        "--steps",
+        "3",
+    )
+    both = cli(*asked, "--no-measure", "--json").json
+    assert {"distill", "task"} <= set(both["history"]["rows"][-1]["terms"])
+    assert both["settings"]["alpha"] == 0.5
+    alone = cli(*asked, "--alpha", "1", "--no-measure", "--json").json
+    assert "task" not in alone["history"]["rows"][-1]["terms"]
+
+
+def test_few_samples_and_a_teacher_with_other_names_are_said(cut: Path, tmp_path: Path) -> None:
+    other = load(digits.demo_model())
+    other.graph.outputs[0].name = "scores"
+    with np.load(digits.demo_calibration()) as archive:
+        found = graphopt.distill(
+            cut, teacher=other, data=[{"image": archive["image"][:4]}], settings=DistillSettings(steps=2), measure=False
+        )
+    said = " ".join(found.report.notes)
+    assert "too few to hold any out" in said
+    assert "other names" in said

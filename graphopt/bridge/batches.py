@@ -20,11 +20,12 @@ from graphopt.bridge.label_check import LabelCheck, inner_tensors
 from graphopt.bridge.read_data import Read, Unit, read_units
 from graphopt.bridge.row_store import BUDGET, Piece, RowStore, gather
 from graphopt.bridge.rowwise import Run, rows_move, rows_stand_alone
-from graphopt.bridge.tensors import to_tensor
+from graphopt.bridge.tensors import to_array, to_tensor
 from graphopt.errors import DataError
 from graphopt.model import Model
 from graphopt.report import human_bytes
 from graphopt.runtime import Session
+from graphopt.samples import FeedChecker
 from graphopt.training import TrainSettings
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -339,7 +340,9 @@ def load_training_data(
         data.notes.append(f"{data.idle} of {data.rows} samples, other ones each epoch, do not fill a batch")
     data = data if labelled else data.without_labels()
     if augment is not None:
-        next(data.epoch(0, seed=seed, batch=2))  # what is not for such data is refused now
+        first = next(data.epoch(0, seed=seed, batch=2))  # what is not for such data is refused now
+        feeds = {name: to_array(tensor) for name, tensor in first.feeds.items()}
+        FeedChecker(model).check(feeds, f"what {', '.join(settings.augment)} makes of the samples")
     return data
 
 

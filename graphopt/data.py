@@ -91,7 +91,8 @@ def _from_text(spec: str, specs: Mapping[str, ValueSpec], batch: int) -> Samples
 
 
 def _nearby(path: Path) -> str:
-    others = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    others = [p.name for p in there if p.is_dir() or p.suffix in (".npz", ".py")]
     return did_you_mean(path.name, others) or "use .npz, a folder of .npz, test_data_set_*, or file.py:function"
 
 

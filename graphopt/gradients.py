@@ -56,7 +56,8 @@ def read_gradients(path: str | Path, model: Model) -> dict[str, Array]:
                 raise DataError("the gradients were taken of another model", at=where, hint=_MADE)
             found = {name: np.asarray(file[name]) for name in names}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"the gradients cannot be read: {error}", at=where, hint=_MADE) from error
+        why = error.strerror if isinstance(error, OSError) else "it is no .npz of arrays"
+        raise DataError(f"the gradients cannot be read: {why}", at=where, hint=_MADE) from error
     shapes = {constant.name: tuple(constant.shape) for constant in model.constants()}
     for name, values in found.items():
         if shapes.get(name) != values.shape or not np.isfinite(values).all():

@@ -137,7 +137,9 @@ def _cut(path: Path, specs: Mapping[str, ValueSpec], batch: int) -> Iterator[Fee
         uneven = [name for name, count in counts.items() if count != total]
         if uneven:
             listed = ", ".join(f"'{name}' {count}" for name, count in counts.items())
-            raise DataError(f"the arrays give different numbers of feeds: {listed}", at=str(path))
+            raise DataError(
+                f"the arrays give different numbers of feeds (of up to {batch} rows): {listed}", at=str(path)
+            )
         constant = {name: members[name].read(None) for name, (count, _) in plans.items() if count is None}
         for index in range(total):
             feed = dict(constant)

@@ -29,6 +29,7 @@ from graphopt.names import fits, matches
 from graphopt.slots import Array, Slot, slots_of
 from graphopt.sparse_marks import marks
 from graphopt.tensors import is_float
+from graphopt.training import BATCH_NORMS
 
 
 class TrainableGraph:
@@ -65,6 +66,10 @@ class TrainableGraph:
     ) -> None:  # fmt: skip
         self.model = model if isinstance(model, Model) else load(model)
         self.learn_scales = learn_scales
+        if batch_norm not in BATCH_NORMS:
+            raise SpecError(
+                f"unknown batch norm '{batch_norm}'", at="batch_norm", hint=f"one of: {', '.join(BATCH_NORMS)}"
+            )
         self.learn_statistics = batch_norm == "train"
         self._slots = slots_of(self.model)
         live = reached(self.model)

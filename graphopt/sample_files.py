@@ -137,9 +137,8 @@ def _cut(path: Path, specs: Mapping[str, ValueSpec], batch: int) -> Iterator[Fee
         uneven = [name for name, count in counts.items() if count != total]
         if uneven:
             listed = ", ".join(f"'{name}' {count}" for name, count in counts.items())
-            raise DataError(
-                f"the arrays give different numbers of feeds (of up to {batch} rows): {listed}", at=str(path)
-            )
+            size = f" (a feed has up to {batch} rows)" if batch > 1 else ""
+            raise DataError(f"the arrays give different numbers of feeds: {listed}{size}", at=str(path))
         constant = {name: members[name].read(None) for name, (count, _) in plans.items() if count is None}
         for index in range(total):
             feed = dict(constant)

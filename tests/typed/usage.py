@@ -27,3 +27,9 @@ def use(path: str) -> bool:
     graphopt.Pipeline([UpgradeOpset(to=17), Nothing(strength=0.1)]).run(result.model)
     ratio: float = graphopt.bench(path, result.model).ratio
     return graphopt.validate(path, result.proto).ok and ratio < 1.0
+
+
+def learn(student: str, teacher: str) -> float | None:
+    settings = graphopt.DistillSettings(epochs=1.0)
+    found = graphopt.distill(student, teacher=teacher, data="x.npz", settings=settings, measure=False)
+    return found.report.stages[-1].loss

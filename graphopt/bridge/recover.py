@@ -119,7 +119,8 @@ class HeldOutLoss:
         runner = Teacher(model, [*names, *(tap for tap in self.objective.taps if tap not in names)], cache=False)
         total = rows = 0.0
         for batch in self.data.epoch(0, seed=0, batch=self.batch):
-            found = self.objective(runner(batch), batch)
+            with torch.no_grad():
+                found = self.objective(runner(batch), batch)
             total += float(found["loss"]) * len(batch.index)
             rows += len(batch.index)
         return -total / rows

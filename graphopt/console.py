@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -57,16 +58,33 @@ def working(what: str, as_json: bool) -> Iterator[Callable[[str], None]]:
         yield lambda step: status.update(f"{what}: {escape(step)}")
 
 
+LOGGED_EVERY = 30.0
+"""Seconds between two lines of a log."""
+
+
 @contextlib.contextmanager
 def training(what: str, as_json: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar on stderr while training, on a terminal only; yield what takes steps done, of how many, and words."""
+    """Show a bar on stderr while training, elsewhere a line now and then (a log); yield what is told of every step."""
     if as_json or not err.is_terminal:
-        yield lambda _done, _total, _words: None
+        yield _Log(what)
         return
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[words]}")
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=None, words="")
         yield lambda done, total, words: bar.update(task, completed=done, total=total, words=words)
+
+
+class _Log:
+    """Lines on stderr about something that takes long."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.last = what, time.monotonic()
+
+    def __call__(self, done: int, total: int, words: str) -> None:
+        """Take steps done, of how many, and words."""
+        if time.monotonic() - self.last >= LOGGED_EVERY:
+            err.print(f"{self.what}: {done} of {total}, {words}", markup=False, soft_wrap=True)
+            self.last = time.monotonic()
 
 
 def fail(error: GraphoptError) -> NoReturn:

@@ -47,7 +47,7 @@ class TrainSettings:
         batch: rows per forward pass; where a model has a fixed batch, that one is taken and `accumulate` makes up.
         accumulate: batches whose gradients make one update.
         optimizer: sgd, adam, adamw, rmsprop.
-        rate: the largest learning rate.
+        rate: the largest learning rate; 0: short trainings find it.
         relative: the rate is a part of each tensor's root mean square: one rate for tensors of any scale.
         momentum: of sgd and rmsprop.
         nesterov: of sgd.
@@ -80,8 +80,8 @@ class TrainSettings:
     batch: int = 32
     accumulate: int = 1
     optimizer: str = "adamw"
-    rate: float = 1e-3
-    relative: bool = False
+    rate: float = 0.0
+    relative: bool = True
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4

@@ -61,7 +61,7 @@ def test_a_cut_model_learns_from_its_teacher(cut: Path, samples: Path, cli: Cli,
     out = tmp_path / "out.onnx"
     ran = cli(
         "distill", cut, "--teacher", digits.demo_model(), "--data", samples, "--epochs", "12", "--batch", "16",
-        "--rate", "3e-3", "--evaluations", "0.25", "--no-measure", "--history", tmp_path / "h.json",
+        "--evaluations", "0.25", "--no-measure", "--history", tmp_path / "h.json",
         "--plot", tmp_path / "h.png", "--json", "-o", out,
     )  # fmt: skip
     assert ran.code == 0, ran.err
@@ -93,7 +93,7 @@ def test_labels_teach_too(cut: Path) -> None:
     bound = Bound(metric=task.accuracy, defaults=False)
     found = graphopt.finetune(
         cut, train_on=task.train, bound=bound, measure=False,
-        settings=TrainSettings(epochs=4.0, batch=64, rate=3e-3, evaluations=0.5),
+        settings=TrainSettings(epochs=4.0, evaluations=0.5),
     )  # fmt: skip
     before, after = found.report.stages
     assert before.quality is not None
@@ -104,7 +104,7 @@ def test_labels_teach_too(cut: Path) -> None:
 
 
 def test_a_student_starts_where_its_teacher_is_and_standardises(cut: Path, samples: Path) -> None:
-    settings = DistillSettings(steps=1, rate=0.0)
+    settings = DistillSettings(steps=1, rate=1e-9)
     same = graphopt.distill(
         cut, teacher=digits.demo_model(), data=str(samples), settings=settings, measure=False, start_from_teacher=True
     )

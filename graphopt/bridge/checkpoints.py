@@ -44,16 +44,22 @@ class State:
 
 
 def identity(
-    model: Model, tensors: Mapping[str, Array], settings: TrainSettings, *, rows: int, seed: int, world: int
-) -> dict[str, Any]:
+    model: Model, tensors: Mapping[str, Array], settings: TrainSettings, *, teacher: Model | None, rows: int, seed: int,
+    world: int,
+) -> dict[str, Any]:  # fmt: skip
     """Return what training depends on beside its state: a checkpoint of anything else is refused."""
+    taught = None if teacher is None else _digest(teacher, {c.name: c.values for c in teacher.constants()})
+    found = {"model": _digest(model, tensors), "teacher": taught, "rows": rows, "seed": seed, "processes": world}
+    settings_held = {"kind": type(settings).__name__, **asdict(settings)}
+    return json.loads(json.dumps({**found, "settings": settings_held}))  # type: ignore[no-any-return]
+
+
+def _digest(model: Model, tensors: Mapping[str, Array]) -> str:
     digest = hashlib.sha256(structure_of(model).encode())
     for name, values in sorted(tensors.items()):
         digest.update(f"{name} {values.dtype} {values.shape} ".encode())
-        digest.update(np.ascontiguousarray(values).data)
-    found = {"model": digest.hexdigest()[:32], "rows": rows, "seed": seed, "processes": world}
-    settings_held = {"kind": type(settings).__name__, **asdict(settings)}
-    return json.loads(json.dumps({**found, "settings": settings_held}))  # type: ignore[no-any-return]
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
@@ -144,14 +150,16 @@ def _numbers(folder: Path) -> dict[str, Any]:
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs in words, the model by its name alone."""
+    """Return what differs in words, of models that they do."""
     found = []
     for key in sorted({*was, *now}):
         old, new = was.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new)
         elif old != new:
-            found.append("another model" if key == "model" else f"{key} was {_shown(old)}, is {_shown(new)}")
+            found.append(
+                f"another {key}" if key in {"model", "teacher"} else f"{key} was {_shown(old)}, is {_shown(new)}"
+            )
     return found
 
 

@@ -131,11 +131,15 @@ class TrainableGraph:
 
     def values(self) -> dict[str, Array]:
         """Return what `write_back` writes: name -> array of the initializer's dtype and shape."""
-        by_codes = {*self.quantized.coded, *self.quantized.scales}
-        found = {key: self._value(key, held) for key, held in self.parameters.items() if key not in by_codes}
+        found = {key: self._value(key, held) for key, held in self.parameters.items() if key not in self.coded}
         found.update(self.quantized.values(self.parameters))
         found.update((key, self._value(key, held)) for key, held in self.statistics.items())
         return found
+
+    @property
+    def coded(self) -> frozenset[str]:
+        """Parameters that stand for codes or their scales: parts of what those can hold, by name."""
+        return frozenset({*self.quantized.coded, *self.quantized.scales})
 
     @property
     def statistics(self) -> dict[str, Any]:

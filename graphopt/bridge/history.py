@@ -32,6 +32,19 @@ class Row:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A rate that was tried.
+
+    Attributes:
+        rate: the largest of a short training; 0: without training.
+        loss: what it led to, on batches that it did not see; None: no number.
+    """
+
+    rate: float
+    loss: float | None
+
+
 @dataclass
 class History:
     """What happened while training.
@@ -43,6 +56,9 @@ class History:
         stopped: why training ended early; empty where it did not.
         failed: it ended on a loss that is no number; the best so far was restored.
         steps: updates that were made.
+        resumed: updates of earlier runs, where this one went on from a checkpoint.
+        rate: the largest learning rate.
+        trials: short trainings that found it, by rate; none where it was given.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -51,6 +67,9 @@ class History:
     stopped: str = ""
     failed: bool = False
     steps: int = 0
+    resumed: int = 0
+    rate: float = 0.0
+    trials: list[Trial] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -64,8 +83,9 @@ class History:
     @staticmethod
     def from_dict(document: Mapping[str, Any]) -> History:
         """Return what `to_dict` was made of."""
-        kept = {key: value for key, value in document.items() if key not in {"rows", "seconds"}}
-        return History(rows=[Row(**row) for row in document["rows"]], **kept)
+        kept = {key: value for key, value in document.items() if key not in {"rows", "trials", "seconds"}}
+        rows, trials = [Row(**row) for row in document["rows"]], [Trial(**trial) for trial in document["trials"]]
+        return History(rows=rows, trials=trials, **kept)
 
     def save_json(self, path: str | Path) -> None:
         """Write the history as JSON.

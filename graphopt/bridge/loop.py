@@ -20,12 +20,14 @@ import torch
 from graphopt.bridge import checkpoints
 from graphopt.bridge.averaging import Average, Tensors, array, copied, copy_into, shown
 from graphopt.bridge.failure import broken_input, likely_reason
-from graphopt.bridge.history import History, Row
+from graphopt.bridge.history import History, Row, Trial
 from graphopt.bridge.parallel import Team, team
 from graphopt.bridge.parts import Data, Judge, Loss, Progress, Trainable
 from graphopt.bridge.plan import Plan
+from graphopt.bridge.trials import Search
 from graphopt.bridge.update import Update
 from graphopt.errors import DataError, ModelError, SpecError
+from graphopt.model import Model
 from graphopt.training import TrainSettings
 
 SHOWN_EVERY = 0.1
@@ -39,6 +41,7 @@ def train(
     settings: TrainSettings,
     *,
     judge: Judge | None = None,
+    teacher: Model | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -54,8 +57,9 @@ def train(
         bridge: the module, its parameters and their roles.
         data: what it is trained on.
         objective: gives the loss of a batch; parameters that it has of its own are trained too.
-        settings: all options.
+        settings: all options; without a rate, trials find one (`trials.py`).
         judge: quality of a model, higher is better; of averaged weights where there are any.
+        teacher: what the objective learns from, if anything: a checkpoint belongs to it.
         seed: of everything random.
         checkpoint: folder that is kept up to date while training.
         resume: go on from that folder, where it holds a checkpoint.
@@ -76,7 +80,7 @@ def train(
         keeper.check(resume=resume)
     with _repeatable(bridge.module):
         loop = Loop(bridge, data, objective, settings, judge, seed, group, progress)
-        return loop.run(keeper, resume=resume)
+        return loop.run(keeper, loop.identity(teacher) if keeper else {}, resume=resume)
 
 
 def _check(bridge: Trainable, data: Data, settings: TrainSettings, group: Team) -> None:
@@ -135,19 +139,22 @@ class Loop:
         self.started = time.monotonic()
         self.told = -math.inf
 
-    def run(self, keeper: _Keeper | None, *, resume: bool) -> History:
-        """Train to the end."""
-        belongs = self._identity() if keeper else {}
+    def run(self, keeper: _Keeper | None, belongs: dict[str, Any], *, resume: bool) -> History:
+        """Train to the end; `belongs` is what a checkpoint is known by."""
         state = keeper.load(belongs) if keeper and resume else None
         if state is not None:
             try:
                 self._restore(state)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise DataError(f"the checkpoint is damaged: {error}", at="state.json", hint="remove it") from error
+            self.history.resumed = self.step
             if state.numbers["finished"]:
                 return self.history
-        elif self.judge is not None:
-            self._evaluate()
+        else:
+            self._take_rate()
+            if self.judge is not None:
+                self._evaluate()
+        self.update.take_rate(self.history.rate)
         first = self.step
         for group in self._groups():
             if self.step >= self.plan.total or self.history.stopped:
@@ -160,25 +167,29 @@ class Loop:
             keeper.save(self, belongs, finished=True)
         return self.history
 
-    def _groups(self) -> Iterator[list[Any]]:
-        """Yield the batches of each update; where it stands counts the group that was yielded.
+    def _take_rate(self) -> None:
+        """Take the rate that was asked for, or look for one."""
+        self.history.rate = self.settings.rate
+        if self.settings.rate:
+            return
+        search = Search(
+            self.bridge, self.data, self.update.objective, self.settings, self.plan, self.seed, self.group, self._tries
+        )
+        self.history.rate, found = search.run()
+        self.history.trials = [Trial(rate, _or_none(loss)) for rate, loss in found.items()]
 
-        Batches that are accumulated are to the data what batches of further processes are: parts of one large batch.
-        """
-        plan = self.plan
+    def _tries(self, rate: float) -> None:
+        if self.progress is not None and self.group.leads:
+            self.progress(0, self.plan.total, f"trying rate {rate:g}")
+
+    def _groups(self) -> Iterator[list[Any]]:
+        """Yield the batches of each update; where it stands counts the group that was yielded."""
         while True:
             fresh = self.place == 0
-            parts = [
-                self.data.epoch(
-                    self.epoch, seed=self.seed, batch=plan.batch, rank=self.group.rank * plan.accumulate + number,
-                    world=self.group.world * plan.accumulate, start=self.place,
-                )
-                for number in range(plan.accumulate)
-            ]  # fmt: skip
-            for group in zip(*parts, strict=True):
+            epoch = self.plan.groups(self.data, self.epoch, seed=self.seed, rank=self.group.rank, start=self.place)
+            for group in epoch:
                 self.place += 1
-                used = [batch for batch in group if getattr(batch, "share", 1.0)]
-                yield used or [group[0]]  # a process without rows takes part all the same
+                yield group
             if fresh and not self.place:
                 raise DataError("an epoch has no batch", at="training data", hint=f"{self.data.rows} samples")
             self.epoch, self.place = self.epoch + 1, 0
@@ -275,10 +286,11 @@ class Loop:
         if self.average is not None:
             copy_into(self.tensors, self.average.values)
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self, teacher: Model | None) -> dict[str, Any]:
+        """Return what a checkpoint of this training belongs to."""
         return checkpoints.identity(
             self.bridge.model, {name: array(tensor) for name, tensor in self.tensors.items()}, self.settings,
-            rows=self.data.rows, seed=self.seed, world=self.group.world,
+            teacher=teacher, rows=self.data.rows, seed=self.seed, world=self.group.world,
         )  # fmt: skip
 
     def state(self, belongs: dict[str, Any], *, finished: bool) -> checkpoints.State:

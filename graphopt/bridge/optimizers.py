@@ -51,23 +51,28 @@ class Optimizer:
     Args:
         parameters: what is trained, by name.
         decayed: names of those that weight decay is for.
+        coded: names of those that are parts of what codes can hold: to relative rates they are no larger than 1.
         settings: says which optimizer, and its options.
     """
 
-    def __init__(self, parameters: Mapping[str, Any], decayed: frozenset[str], settings: TrainSettings) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Any], decayed: frozenset[str], coded: frozenset[str], settings: TrainSettings
+    ) -> None:
         weights = [name for name in parameters if name in decayed]
         others = [name for name in parameters if name not in decayed]
         self._order = [*weights, *others]
         decays = ((weights, settings.weight_decay), (others, 0.0))
         groups: list[dict[str, Any]] = [
-            {"params": [parameters[name] for name in part], "weight_decay": decay, "part": 1.0}
+            {"params": [parameters[name] for name in part], "weight_decay": decay, "part": 1.0, "names": part}
             for names, decay in decays
             for part in ([[name] for name in names] if settings.relative else [names])
             if part
         ]
-        if settings.relative:
-            for group in groups:
-                group["part"] = root_mean_square(group["params"][0])
+        for group in groups:
+            (name, *_) = group.pop("names")
+            if settings.relative:
+                size = root_mean_square(parameters[name])
+                group["part"] = min(1.0, size) if name in coded else size
         self.torch = OPTIMIZERS[settings.optimizer](groups, settings)
 
     def set_rate(self, rate: float) -> None:

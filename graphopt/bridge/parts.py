@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from graphopt.model import Model
@@ -32,6 +32,10 @@ class Trainable(Protocol):
     @property
     def roles(self) -> Mapping[str, Any]:
         """What each tensor is to its operators."""
+
+    @property
+    def coded(self) -> Collection[str]:
+        """Parameters that are parts of what codes can hold, by name."""
 
     @property
     def statistics(self) -> Mapping[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from graphopt.bridge.parts import Data
 from graphopt.training import TrainSettings
@@ -54,3 +56,19 @@ class Plan:
     def logged(self, step: int) -> bool:
         """Tell whether the history has a row after so many updates."""
         return step % max(1, self.total // ROWS) == 0
+
+    def groups(self, data: Data, epoch: int, *, seed: int, rank: int, start: int = 0) -> Iterator[list[Any]]:
+        """Yield the batches of each update of an epoch, from number `start`, of one process.
+
+        Batches that are accumulated are to the data what batches of further processes are: parts of one large batch.
+        """
+        parts = [
+            data.epoch(
+                epoch, seed=seed, batch=self.batch, rank=rank * self.accumulate + number,
+                world=self.world * self.accumulate, start=start,
+            )
+            for number in range(self.accumulate)
+        ]  # fmt: skip
+        for group in zip(*parts, strict=True):
+            used = [batch for batch in group if getattr(batch, "share", 1.0)]
+            yield used or [group[0]]  # a process without rows takes part all the same

@@ -77,14 +77,28 @@ def recover(
     loss = None if selecting is None else HeldOutLoss(objective, selecting, settings.batch)
     judge = loss if metric is None else _by_metric(metric)
     history = train(
-        bridge, data, objective, settings, judge=judge, seed=seed, checkpoint=checkpoint, resume=resume,
-        progress=progress,
+        bridge, data, objective, settings, judge=judge, teacher=teacher, seed=seed, checkpoint=checkpoint,
+        resume=resume, progress=progress,
     )  # fmt: skip
     trained = bridge.write_back()
     before, after = (None if loss is None else -loss(one) for one in (model, trained))
     count = sum(int(np.prod(p.shape)) for p in bridge.parameters.values())
-    notes = [*objective.notes, *bridge.quantized.notes]
+    notes = [*_course(history, resume=resume), *objective.notes, *bridge.quantized.notes]
     return Recovered(trained, history, len(bridge.parameters), count, (before, after), notes)
+
+
+def _course(history: History, *, resume: bool) -> list[str]:
+    """Return what is worth a note about how training went."""
+    notes = []
+    if resume:
+        notes.append(
+            f"went on after {history.resumed} updates" if history.resumed
+            else "there was no checkpoint yet: training began anew"
+        )  # fmt: skip
+    if history.trials:
+        tried = ", ".join(f"{trial.rate:g}" for trial in history.trials if trial.rate)
+        notes.append(f"rate {history.rate:g}, found by short trainings at {tried}")
+    return notes
 
 
 def distill(

@@ -1,6 +1,6 @@
 """The learning rate of every update: a linear warm-up times a decay.
 
-    rate(u) = settings.rate * warm(u) * decayed(u)        for updates u = 0, 1, ..., total - 1
+    rate(u) = largest * warm(u) * decayed(u)        for updates u = 0, 1, ..., total - 1
 
 `warm` rises linearly from 0 over the first `warmup` of all updates, in which `decayed` stays where it begins.  Then,
 with p from 0 (first update after the warm-up) to 1 (last update) and d = `decay`:
@@ -32,12 +32,14 @@ class Schedule:
     """The rate of each update.
 
     Attributes:
-        settings: rate, schedule, decay, every and warm-up are taken from it.
+        settings: schedule, decay, every and warm-up are taken from it.
+        largest: rate.
         total: updates in all.
         per_epoch: updates of an epoch.
     """
 
     settings: TrainSettings
+    largest: float
     total: int
     per_epoch: int
 
@@ -50,7 +52,7 @@ class Schedule:
         """Return the rate of an update, counted from 0."""
         warm = self.warm
         rising = (update + 1) / (warm + 1) if update < warm else 1.0
-        return self.settings.rate * rising * self._decayed(update)
+        return self.largest * rising * self._decayed(update)
 
     def _decayed(self, update: int) -> float:
         kind, low = self.settings.schedule, self.settings.decay

@@ -1,0 +1,129 @@
+"""The learning rate that suits a training, found by short trainings.
+
+Between tasks the best rates lie a factor of a hundred apart: one rate for all destroys the one network and leaves the
+other as it was.  Each candidate trains for a few updates, its schedule and all, from the weights that training starts
+from; the loss on batches that it did not see judges it.  From the middle of the ladder the search goes up or down as
+long as that helps.
+
+The best rate of a short training is too small for a long one, which has the time to settle (Wu and others 2018,
+"Understanding short-horizon bias"): measured on a collapsed classifier and a nearly right one, the best rate grows as
+the number of updates does, up to a bound, and so does the one that is taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graphopt.bridge.averaging import copy_into
+from graphopt.bridge.parallel import Team
+from graphopt.bridge.parts import Data, Loss, Trainable
+from graphopt.bridge.plan import Plan
+from graphopt.bridge.update import Update
+from graphopt.training import TrainSettings
+
+FIRST = {"sgd": 1e-2}
+"""Rate that the search begins with, by optimizer; of others `FIRST_ADAPTIVE`."""
+FIRST_ADAPTIVE = 1e-3
+FACTOR = 10.0**0.5
+MOST = 8
+"""Trials, at most."""
+PART, FEWEST, LONGEST = 32, 16, 48
+"""Updates of a trial: one of so many of the training; at least, at most."""
+LINEAR = 10.0
+"""How many times longer a training may be for its best rate to grow as its length does; then it grows as the root."""
+HIGHEST = 0.03
+"""Largest rate, as a part of a tensor's size, that a trial's rate grows to: above it, long trainings were no better."""
+JUDGED_ROWS = 256
+"""Rows that judge a trial, about."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What trials are made with; the weights are afterwards what they were.
+
+    Attributes:
+        bridge, data, objective, settings, plan, seed, group: as in the training.
+        told: is told the rate that is tried.
+    """
+
+    bridge: Trainable
+    data: Data
+    objective: Loss
+    settings: TrainSettings
+    plan: Plan
+    seed: int
+    group: Team
+    told: Callable[[float], None]
+
+    def run(self) -> tuple[float, dict[float, float]]:
+        """Return the rate for the whole training, and the loss that each trial led to, by rate."""
+        found = self._trials()
+        best, times = _best(found), self.plan.total / self._length
+        rate = rounded(best * min(times, math.sqrt(times * LINEAR)))
+        return (max(best, min(rate, HIGHEST)) if self.settings.relative else rate), found
+
+    def _trials(self) -> dict[float, float]:
+        """Return the loss that each rate led to, infinite where it was no number, by rate; rate 0: without training."""
+        first = FIRST.get(self.settings.optimizer, FIRST_ADAPTIVE)
+        found = {0.0: self._loss(self._update(0.0)), first: self._trial(first)}
+        for factor in (FACTOR, 1.0 / FACTOR):
+            rate = best = first
+            while len(found) <= MOST and rate == best:
+                rate = rounded(rate * factor)
+                found[rate] = self._trial(rate)
+                best = _best(found)
+            if best != first:
+                break
+        return dict(sorted(found.items()))
+
+    def _trial(self, rate: float) -> float:
+        self.told(rate)
+        update = self._update(rate)
+        try:
+            for step, group in enumerate(itertools.islice(self._unseen(), update.plan.total)):
+                if not math.isfinite(update.make(group, step)["loss"]):
+                    return math.inf
+            return self._loss(update)
+        finally:
+            copy_into(update.tensors, update.initial)
+
+    def _update(self, rate: float) -> Update:
+        return Update(
+            self.bridge, self.objective, replace(self.settings, rate=rate), replace(self.plan, total=self._length),
+            self.seed, self.group,
+        )  # fmt: skip
+
+    @property
+    def _length(self) -> int:
+        return min(self.plan.total, LONGEST, max(FEWEST, self.plan.total // PART))
+
+    @property
+    def _judging(self) -> int:
+        return max(1, min(self.plan.per_epoch // 4, math.ceil(JUDGED_ROWS / self.plan.rows)))
+
+    def _unseen(self) -> Iterator[Sequence[Any]]:
+        """Yield the batches of updates: in the first epoch none of those that judge."""
+        yield from itertools.islice(self._epoch(0), self._judging, None)
+        for epoch in itertools.count(1):
+            yield from self._epoch(epoch)
+
+    def _epoch(self, epoch: int) -> Iterator[Sequence[Any]]:
+        return self.plan.groups(self.data, epoch, seed=self.seed, rank=self.group.rank)
+
+    def _loss(self, update: Update) -> float:
+        loss = update.loss(itertools.islice(self._epoch(0), self._judging))
+        return loss if math.isfinite(loss) else math.inf
+
+
+def _best(trials: dict[float, float]) -> float:
+    """Return the rate that led to the least loss, of equal ones the lowest."""
+    return min((rate for rate in trials if rate), key=lambda rate: (trials[rate], rate))
+
+
+def rounded(rate: float) -> float:
+    """Return a rate in two digits: the square root of 10 is no number for people."""
+    return float(f"{rate:.1e}")

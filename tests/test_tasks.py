@@ -290,6 +290,7 @@ def test_no_file_sentence_or_photo_is_in_two_splits() -> None:
     assert_disjoint({split: {c for _, c in magika_files.files(split, 2 * kinds)} for split in SPLITS})
     assert_disjoint({s: {said for _, said in minilm_pairs.sentences(s, 400)} for s in SPLITS})
     assert_disjoint({split: set(crops._PHOTOS[split]) for split in SPLITS})
+    assert_disjoint({split: set(crops._PHOTOS[split]) for split in ("training", "selection", "test")})
 
 
 def test_sentences_come_in_groups_of_four() -> None:

@@ -62,48 +62,43 @@ class Case:
         return ("original", *self.commands)
 
 
-def commands(
-    task: str, *, macs: float, fitting: str, right: str, trainings: Mapping[str, tuple[int, str]]
-) -> dict[str, Command]:
-    """Return the commands of a case: cut to a part of the MACs, train on lines without labels, once or more often.
+def commands(task: str, *, macs: float, fitting: str, right: str, trained: tuple[int, str]) -> dict[str, Command]:
+    """Return the commands of a case: cut to a part of the MACs, then train on lines without labels.
 
     Args:
         task: module of the labelled task.
         macs: part that stays.
         fitting: function of the task that gives the samples to cut with.
         right: metric of the task that chooses the best weights.
-        trainings: stage -> lines that train, and options.
+        trained: lines that train, and options.
     """
+    lines, options = trained
     cut = f"prune original.onnx --data {TASKS}{task}.py:{fitting} --target-macs {macs:g} --no-measure -o cut.onnx"
-    found = {"cut": Command(tuple(cut.split()))}
-    for stage, (lines, options) in trainings.items():
-        words = (
-            f"distill {list(found)[-1]}.onnx --teacher original.onnx --data {TASKS}{task}.py:training --held-out 0 "
-            f"--select {TASKS}{task}.py:{right} {options} --no-measure --history {stage}.json -o {stage}.onnx"
-        )
-        found[stage] = Command(tuple(words.split()), {"GRAPHOPT_TASK_LIMIT": str(lines)})
-    return found
+    train = (
+        f"distill cut.onnx --teacher original.onnx --data {TASKS}{task}.py:training --held-out 0 "
+        f"--select {TASKS}{task}.py:{right} {options} --no-measure --history history.json -o trained.onnx"
+    )
+    return {
+        "cut": Command(tuple(cut.split())),
+        "trained": Command(tuple(train.split()), {"GRAPHOPT_TASK_LIMIT": str(lines)}),
+    }
 
 
 def _timed(model: str) -> Callable[[], Mapping[str, Any]]:
     return lambda: next(zoo.feeds(model, 0, shapes=SHAPES.get(model)))
 
 
-_CAREFUL = "--epochs 1 --evaluations 2 --batch 16 --relative --ema 0.98 --warmup 0.1"
-"""How a network of millions of weights is trained that is nearly right: small steps, averaged."""
-
 CASES: Mapping[str, Case] = {
     "cls": Case(
         "PP-OCR direction classifier, 50 % of MACs", lambda: zoo.fetch("ppocr-cls"),
         commands("ocr_cls", macs=0.5, fitting="calibration", right="rotation_right_selection",
-                 trainings={"trained": (8192, "--epochs 2")}),
+                 trained=(8192, "--epochs 2")),
         {"directions right": ocr_cls.rotation_right}, _timed("ppocr-cls"), aim=0.005, latency=0.75, minutes=10.0,
     ),
     "rec": Case(
         "PP-OCR recogniser, 70 % of MACs", lambda: zoo.fetch("ppocr-rec"),
         commands("ocr_rec", macs=0.7, fitting="fitting", right="lines_right_selection",
-                 trainings={"trained": (3072, f"{_CAREFUL} --rate 1e-4"),
-                            "further": (6144, f"{_CAREFUL} --rate 2e-4 --seed 1")}),
+                 trained=(16384, "--epochs 2 --evaluations 2")),
         {"Latin lines right": ocr_rec.lines_right_latin, "Chinese lines right": ocr_rec.lines_right_chinese},
         _timed("ppocr-rec"), aim=0.015,
     ),

@@ -1,8 +1,8 @@
 """Natural crops of 224 x 224 pixels for image classifiers: agreement with a reference model.
 
 There are no labels; what is asked is that the class with the largest logit stays the one the reference model
-gives. Crops come from photographs that scikit-image, scikit-learn and matplotlib ship, and no photograph is in two
-of the calibration, selection and test sets.
+gives. Crops come from photographs that scikit-image, scikit-learn, matplotlib and foolbox ship, and no photograph is in
+two of the training, selection and test sets; those that calibrate train, too.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt.models import zoo
-from graphopt.models.tasks import Array, Feeds, Predict, Reference, Scores, answers_of, item_limit, require, text
+from graphopt.models.tasks import Array, Feeds, Predict, Reference, Scores, answers_of, item_limit, require
 from graphopt.models.tasks.kept import kept
 
 CALIBRATION_PHOTOS = ("sklearn:china.jpg", "skimage:coffee.png", "skimage:motorcycle_left.png", "skimage:grass.png")
@@ -28,17 +28,28 @@ TEST_PHOTOS = (
     *("sklearn:flower.jpg", "skimage:astronaut.png", "skimage:chelsea.png", "skimage:rocket.jpg"),
     *("skimage:camera.png", "skimage:coins.png", "skimage:brick.png", "skimage:hubble_deep_field.jpg"),
 )
-TEST_CROPS, SELECTION_CROPS, CALIBRATION_CROPS = 2000, 400, 128
-_COUNTS = {"calibration": CALIBRATION_CROPS, "selection": SELECTION_CROPS, "test": TEST_CROPS}
+TRAINING_PHOTOS = (*(f"zoo:photo-{number:02}" for number in range(20)), *CALIBRATION_PHOTOS)
+TEST_CROPS, SELECTION_CROPS, CALIBRATION_CROPS, TRAINING_CROPS = 2000, 400, 128, 1600
+Split: TypeAlias = Literal["calibration", "training", "selection", "test"]
+_COUNTS: dict[Split, int] = {
+    "calibration": CALIBRATION_CROPS, "training": TRAINING_CROPS, "selection": SELECTION_CROPS, "test": TEST_CROPS,
+}  # fmt: skip
 SIZE, BATCH = 224, 8
-_SEEDS: dict[text.Split, int] = {"calibration": 707, "selection": 717, "test": 808}
-_PHOTOS = {"calibration": CALIBRATION_PHOTOS, "selection": SELECTION_PHOTOS, "test": TEST_PHOTOS}
+_SEEDS: dict[Split, int] = {"calibration": 707, "training": 727, "selection": 717, "test": 808}
+_PHOTOS: dict[Split, tuple[str, ...]] = {
+    "calibration": CALIBRATION_PHOTOS, "training": TRAINING_PHOTOS, "selection": SELECTION_PHOTOS, "test": TEST_PHOTOS,
+}  # fmt: skip
 _NO_NOISE = 150.0  # dB
 
 
 def calibration(limit: int | None = None) -> Iterator[Feeds]:
     """Yield batches of 8 crops, ``image``: N, 3, 224, 224, RGB, (x - 127) / 128."""
     yield from feeds("calibration", item_limit(limit, CALIBRATION_CROPS))
+
+
+def training(limit: int | None = None) -> Iterator[Feeds]:
+    """Yield batches of 8 crops of 24 photographs, among them those of ``calibration``, 1,600 crops in all."""
+    yield from feeds("training", item_limit(limit, TRAINING_CROPS))
 
 
 def held_out(limit: int | None = None) -> Iterator[Feeds]:
@@ -51,7 +62,7 @@ def selection(limit: int | None = None) -> Iterator[Feeds]:
     yield from feeds("selection", item_limit(limit, SELECTION_CROPS))
 
 
-def agreement_with(reference: Reference, split: text.Split = "test") -> Callable[..., Scores]:
+def agreement_with(reference: Reference, split: Split = "test") -> Callable[..., Scores]:
     """Return an evaluation function: is the largest logit where the reference model has it?
 
     Args:
@@ -68,7 +79,7 @@ def agreement_with(reference: Reference, split: text.Split = "test") -> Callable
     return agreement
 
 
-def sqnr_with(reference: Reference, split: text.Split = "test") -> Callable[..., float]:
+def sqnr_with(reference: Reference, split: Split = "test") -> Callable[..., float]:
     """Return an evaluation function: signal to noise of all logits together, against the reference's, in dB.
 
     Equal logits score 150. Arguments are those of ``agreement_with``.
@@ -100,7 +111,7 @@ def logits_sqnr(predict: Predict, limit: int | None = None) -> float:
     return _efficientnet_sqnr()(predict, limit)
 
 
-def feeds(split: text.Split, count: int) -> Iterator[Feeds]:
+def feeds(split: Split, count: int) -> Iterator[Feeds]:
     """Yield the crops of a split, the same every time, in batches of 8."""
     for start in range(0, count, BATCH):
         batch = [_crop(split, index) for index in range(start, min(start + BATCH, count))]
@@ -109,7 +120,7 @@ def feeds(split: text.Split, count: int) -> Iterator[Feeds]:
 
 
 @kept(lambda pixels: pixels.nbytes)
-def _crop(split: text.Split, index: int) -> npt.NDArray[np.uint8]:
+def _crop(split: Split, index: int) -> npt.NDArray[np.uint8]:
     """Return a square part of a photograph, mirrored one time in two, scaled to 224 x 224 x 3."""
     rng = np.random.default_rng([_SEEDS[split], index])
     photos = _PHOTOS[split]
@@ -124,7 +135,8 @@ def _crop(split: text.Split, index: int) -> npt.NDArray[np.uint8]:
 @functools.cache
 def _photo(name: str) -> Any:
     package, file = name.split(":")
-    return require("PIL.Image", "pillow").open(_folder(package) / file).convert("RGB")
+    path = zoo.fetch(file) if package == "zoo" else _folder(package) / file
+    return require("PIL.Image", "pillow").open(path).convert("RGB")
 
 
 def _folder(package: str) -> Path:
@@ -135,16 +147,16 @@ def _folder(package: str) -> Path:
     return Path(str(require("skimage.data", "scikit-image").__file__)).parent
 
 
-def _logits(predict: Predict, split: text.Split, count: int) -> Array:
+def _logits(predict: Predict, split: Split, count: int) -> Array:
     return np.concatenate([next(iter(predict(feed).values())) for feed in feeds(split, count)])
 
 
-def _classes(predict: Predict, split: text.Split, count: int) -> npt.NDArray[np.int64]:
+def _classes(predict: Predict, split: Split, count: int) -> npt.NDArray[np.int64]:
     return np.asarray(_logits(predict, split, count).argmax(axis=1), np.int64)
 
 
 @functools.cache
-def _efficientnet_agreement(split: text.Split) -> Callable[..., Scores]:
+def _efficientnet_agreement(split: Split) -> Callable[..., Scores]:
     return agreement_with(zoo.fetch("efficientnet-lite0-torchscript"), split)
 
 

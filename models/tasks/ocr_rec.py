@@ -20,7 +20,7 @@ from graphopt.models.tasks import Array, Feeds, Predict, Scores, item_limit, ren
 from graphopt.models.tasks.kept import kept
 from graphopt.models.tasks.training_lines import Lines
 
-TEST_LINES, SELECTION_LINES, CALIBRATION_LINES, FITTING_LINES, TRAINING_LINES = 2000, 500, 128, 512, 8192
+TEST_LINES, SELECTION_LINES, CALIBRATION_LINES, FITTING_LINES, TRAINING_LINES = 2000, 500, 128, 2048, 16384
 HEIGHT, WIDTH_STEP, BATCH, TRAINING_BATCH = 48, 80, 8, 16
 _SEEDS: dict[text.Split, int] = {"calibration": 101, "selection": 111, "test": 202}
 _TRAINING = Lines("ocr-rec", seed=121, calibration=_SEEDS["calibration"], height=HEIGHT, characters=0.5)
@@ -35,12 +35,12 @@ def calibration(limit: int | None = None) -> Iterator[Feeds]:
 
 
 def fitting(limit: int | None = None) -> Iterator[Feeds]:
-    """Yield the lines that calibrate and more of them, 512 in all: what weights are fitted to by least squares."""
+    """Yield the lines that calibrate and more of them, 2,048 in all: what weights are fitted to by least squares."""
     yield from calibration(item_limit(limit, FITTING_LINES))
 
 
 def training(limit: int | None = None) -> Iterator[Feeds]:
-    """Yield batches of up to 16 lines to train on, 8,192 unless asked for more; no text of theirs is in another split.
+    """Yield batches of up to 16 lines to train on, 16,384 unless asked for more; no text of theirs is in another split.
 
     Half are lines as those of the other splits, half are runs of random Chinese characters.
     """

@@ -27,7 +27,7 @@ from graphopt.training import TrainSettings
 
 FIRST = {"sgd": 1e-2}
 """Rate that the search begins with, by optimizer; of others `FIRST_ADAPTIVE`."""
-FIRST_ADAPTIVE = 1e-3
+FIRST_ADAPTIVE = 3.2e-4
 FACTOR = 10.0**0.5
 MOST = 8
 """Trials, at most."""
@@ -71,6 +71,8 @@ class Search:
         first = FIRST.get(self.settings.optimizer, FIRST_ADAPTIVE)
         found = {0.0: self._loss(self._update(0.0)), first: self._trial(first)}
         for factor in (FACTOR, 1.0 / FACTOR):
+            if factor > 1.0 and found[first] > found[0.0]:
+                continue  # it destroys already
             rate = best = first
             while len(found) <= MOST and rate == best:
                 rate = rounded(rate * factor)

@@ -48,7 +48,8 @@ class TrainSettings:
         accumulate: batches whose gradients make one update.
         optimizer: sgd, adam, adamw, rmsprop.
         rate: the largest learning rate; 0: short trainings find it.
-        relative: the rate is a part of each tensor's root mean square: one rate for tensors of any scale.
+        relative: the rate is a part of each tensor's root mean square (of codes: a part of one code), so that one
+            rate suits tensors of any scale.
         momentum: of sgd and rmsprop.
         nesterov: of sgd.
         weight_decay: not for norms, biases and scales.

@@ -68,7 +68,7 @@ class Bridge:
         self.model = load(gemms(seed))
         held = {c.name: c.values for c in self.model.constants()}
         self.parameters = {name: nn.Parameter(torch.from_numpy(held[name].copy())) for name in ("w1", "b1", "w2")}
-        self.coded: frozenset[str] = frozenset()
+        self.coded: dict[str, float] = {}
         self.statistics: dict[str, Any] = {}
         self.roles = {"w1": "weight", "b1": "bias", "w2": "weight"}
         self.module = Net(self.parameters, dropout)

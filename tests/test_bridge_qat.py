@@ -16,11 +16,13 @@ import torch
 
 from graphopt.bridge import ops_quant, quantized
 from graphopt.bridge.graph import TrainableGraph
+from graphopt.bridge.recover import distill
 from graphopt.data import load_samples
 from graphopt.errors import ModelError
 from graphopt.model import Model, load
 from graphopt.pipeline import Pipeline, Settings
 from graphopt.runtime import Session
+from graphopt.training import DistillSettings
 
 torch.set_num_threads(1)
 
@@ -379,3 +381,18 @@ def test_batch_normalization_that_is_not_folded_is_noted() -> None:
     assert "--stage canonical" in note
     canonical = int8(model=Pipeline("fold-affine").run(model, settings=Settings(verify="off")).model.proto)
     assert not TrainableGraph(canonical).quantized.notes
+
+
+def test_what_is_not_trained_is_said() -> None:
+    proto = int8().proto
+    quantizer = next(node for node in proto.graph.node if node.op_type == "QuantizeLinear")
+    proto.graph.node.append(helper.make_node("Identity", [quantizer.input[1]], ["scale_again"]))
+    proto.graph.output.append(helper.make_tensor_value_info("scale_again", TensorProto.FLOAT, []))
+    model = load(proto)
+    settings = DistillSettings(steps=1, rate=1e-4)
+    samples = [{"x": images(8, seed)} for seed in range(4)]
+    found = distill(model, model, samples, settings, held_out=0.0)
+    said = next(note for note in found.notes if note.startswith("not trained: "))
+    assert f"'{quantizer.input[1]}'" in said
+    assert said.endswith("other nodes read it, too")
+    assert quantizer.input[1] in TrainableGraph(model, learn_scales=True).quantized.untrained

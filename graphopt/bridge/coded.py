@@ -35,6 +35,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 BIAS = np.dtype(np.int32)
 _SEVEN_BITS = (-64, 63)
+_EIGHT_BITS = 1 / 128
 _SUMS = 1 << 13
 """Sums of products of codes: a few tens of the 2^15 that one may be."""
 
@@ -82,6 +83,10 @@ class Coded:
         """
         high = _SUMS if self.codes.dtype == BIAS else max(abs(limit) for limit in code_range(self.codes.dtype))
         return np.asarray(np.exp2(np.ceil(np.log2(self.scale.astype(np.float64) * high))), np.float32)
+
+    def step(self) -> float:
+        """Return about what one code is, in units of the parameter; for biases that of weights of 8 bits."""
+        return _EIGHT_BITS if self.role == "bias" else 1.0 / max(abs(limit) for limit in code_range(self.codes.dtype))
 
     def start(self) -> Array:
         """Return what the parameter begins as."""
@@ -152,6 +157,12 @@ class Quantized:
         if key in self.coded:
             return self.coded[key].start()
         return np.ones(self.stored[key].shape, np.float32) if key in self.scales else None
+
+    def steps(self) -> dict[str, float]:
+        """Return what one code is, by slot of what may be trained: of scales as much as of what they scale."""
+        found = {key: coded.step() for key, coded in self.coded.items()}
+        weights = {coded.scale_key: coded.step() for coded in self.coded.values()}
+        return {**{key: weights.get(key, _EIGHT_BITS) for key in self.leaders}, **found}
 
     def forms(self, root: nn.Module, names: Mapping[str, str], trained: Collection[str]) -> dict[str, Form]:
         """Return what nodes read in the place of codes and scales, by name on `root`, which gets constants for that.

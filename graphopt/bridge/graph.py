@@ -131,15 +131,16 @@ class TrainableGraph:
 
     def values(self) -> dict[str, Array]:
         """Return what `write_back` writes: name -> array of the initializer's dtype and shape."""
-        found = {key: self._value(key, held) for key, held in self.parameters.items() if key not in self.coded}
+        by_codes = self.coded
+        found = {key: self._value(key, held) for key, held in self.parameters.items() if key not in by_codes}
         found.update(self.quantized.values(self.parameters))
         found.update((key, self._value(key, held)) for key, held in self.statistics.items())
         return found
 
     @property
-    def coded(self) -> frozenset[str]:
-        """Parameters that stand for codes or their scales: parts of what those can hold, by name."""
-        return frozenset({*self.quantized.coded, *self.quantized.scales})
+    def coded(self) -> dict[str, float]:
+        """Parameters that stand for codes or their scales, by name -> what one code is, in their units."""
+        return self.quantized.steps()
 
     @property
     def statistics(self) -> dict[str, Any]:

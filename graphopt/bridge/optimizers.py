@@ -51,12 +51,16 @@ class Optimizer:
     Args:
         parameters: what is trained, by name.
         decayed: names of those that weight decay is for.
-        coded: names of those that are parts of what codes can hold: to relative rates they are no larger than 1.
+        coded: what one code is, of those that stand for codes: relative rates are parts of that.
         settings: says which optimizer, and its options.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Any], decayed: frozenset[str], coded: frozenset[str], settings: TrainSettings
+        self,
+        parameters: Mapping[str, Any],
+        decayed: frozenset[str],
+        coded: Mapping[str, float],
+        settings: TrainSettings,
     ) -> None:
         weights = [name for name in parameters if name in decayed]
         others = [name for name in parameters if name not in decayed]
@@ -71,8 +75,7 @@ class Optimizer:
         for group in groups:
             (name, *_) = group.pop("names")
             if settings.relative:
-                size = root_mean_square(parameters[name])
-                group["part"] = min(1.0, size) if name in coded else size
+                group["part"] = coded[name] if name in coded else root_mean_square(parameters[name])
         self.torch = OPTIMIZERS[settings.optimizer](groups, settings)
 
     def set_rate(self, rate: float) -> None:

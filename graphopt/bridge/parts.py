@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from graphopt.model import Model
@@ -34,8 +34,8 @@ class Trainable(Protocol):
         """What each tensor is to its operators."""
 
     @property
-    def coded(self) -> Collection[str]:
-        """Parameters that are parts of what codes can hold, by name."""
+    def coded(self) -> Mapping[str, float]:
+        """Parameters that stand for codes or their scales, by name -> what one code is, in their units."""
 
     @property
     def statistics(self) -> Mapping[str, Any]:

@@ -83,7 +83,7 @@ def recover(
     trained = bridge.write_back()
     before, after = (None if loss is None else -loss(one) for one in (model, trained))
     count = sum(int(np.prod(p.shape)) for p in bridge.parameters.values())
-    notes = [*_course(history, resume=resume), *objective.notes, *bridge.quantized.notes]
+    notes = [*_course(history, resume=resume), *objective.notes, *bridge.quantized.notes, *_left(bridge)]
     return Recovered(trained, history, len(bridge.parameters), count, (before, after), notes)
 
 
@@ -99,6 +99,17 @@ def _course(history: History, *, resume: bool) -> list[str]:
         tried = ", ".join(f"{trial.rate:g}" for trial in history.trials if trial.rate)
         notes.append(f"rate {history.rate:g}, found by short trainings at {tried}")
     return notes
+
+
+def _left(bridge: TrainableGraph) -> list[str]:
+    """Return which codes and scales are not trained, one line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in bridge.quantized.untrained.items():
+        reasons.setdefault(why, []).append(name)
+    return [
+        f"not trained: '{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {why}"
+        for why, names in reasons.items()
+    ]
 
 
 def distill(

@@ -45,7 +45,7 @@ class Update:
         weights = {name: p for name, p in bridge.parameters.items() if bridge.roles.get(name) in DECAYING}
         axes = {name: bridge.channel_axis(name) for name in weights} if settings.group_lasso else {}
         self.penalties = Penalties(weights, axes, settings)
-        self.optimizer = Optimizer(self.parameters, frozenset(weights), frozenset(bridge.coded), settings)
+        self.optimizer = Optimizer(self.parameters, frozenset(weights), bridge.coded, settings)
         self.schedule = Schedule(settings, settings.rate, plan.total, plan.per_epoch)
         self.device = next(iter(self.parameters.values())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast == "float16")

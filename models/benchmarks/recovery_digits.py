@@ -38,7 +38,7 @@ UPDATES = {"70 % of MACs cut": 200, "90 % zeros": 960}
 """Of every row that is trained, in all: 14 and 69 epochs of 897 images in batches of 64, where the original had 80."""
 
 SAID = (
-    "batch=64, rate=4e-3, warmup=0.1, batch_norm=train, evaluations=0.5, "
+    "batch=64, rate=4e-3, relative=false, warmup=0.1, batch_norm=train, evaluations=0.5, "
     "augment=['rotate=8', 'scale=0.1', 'shift=0.06', 'noise=0.025']"
 )
 """Options of all trainings: what the original was trained with, as far as its images go."""

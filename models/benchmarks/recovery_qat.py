@@ -45,7 +45,9 @@ Feeds = dict[str, Array]
 SEEDS = (0, 1, 2)
 FOUR_BIT_OPSET, FOUR_BIT_IR = 21, 10
 
-DIGITS = DistillSettings(epochs=5, batch=64, rate=2e-3, weight_decay=0.0, temperature=2.0, evaluations=0)
+DIGITS = DistillSettings(
+    epochs=5, batch=64, rate=2e-3, relative=False, weight_decay=0.0, temperature=2.0, evaluations=0
+)
 """80 updates."""
 
 BLOCKS = (

@@ -33,6 +33,8 @@ MOST = 8
 """Trials, at most."""
 PART, FEWEST, LONGEST = 32, 16, 48
 """Updates of a trial: one of so many of the training; at least, at most."""
+NEARLY = 0.2
+"""Part of the best trial's gain that may be missed by a higher rate, which is taken then."""
 GROWTH = 2 / 3
 """Power of its length that the rate of a training grows with."""
 HIGHEST = 0.03
@@ -62,7 +64,7 @@ class Search:
     def run(self) -> tuple[float, dict[float, float]]:
         """Return the rate for the whole training, and the loss that each trial led to, by rate."""
         found = self._trials()
-        best = _best(found)
+        best = _nearly_best(found)
         rate = rounded(best * (self.plan.total / self._length) ** GROWTH)
         return (max(best, min(rate, HIGHEST)) if self.settings.relative else rate), found
 
@@ -124,6 +126,13 @@ class Search:
 def _best(trials: dict[float, float]) -> float:
     """Return the rate that led to the least loss, of equal ones the lowest."""
     return min((rate for rate in trials if rate), key=lambda rate: (trials[rate], rate))
+
+
+def _nearly_best(trials: dict[float, float]) -> float:
+    """Return the highest rate that gained nearly as much as the best one."""
+    least = trials[_best(trials)]
+    enough = least + NEARLY * max(0.0, trials[0.0] - least)
+    return max(rate for rate, loss in trials.items() if rate and loss <= enough)
 
 
 def rounded(rate: float) -> float:

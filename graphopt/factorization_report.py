@@ -66,7 +66,7 @@ class FactorizationReport(LossyReport):
         """Return error, MACs and bytes."""
         lines = [] if self.error is None else [f"relative error at the outputs: {self.error:.3g}"]
         if self.macs_before is not None and self.macs_after is not None:
-            lines.append("MACs: " + change(self.macs_before, self.macs_after, human_count))
+            lines.append("MACs of the first feed: " + change(self.macs_before, self.macs_after, human_count))
         return lines + super().size_lines()
 
 

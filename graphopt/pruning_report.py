@@ -89,7 +89,7 @@ class PruningReport(LossyReport):
         """Return MACs, parameters and bytes before and after."""
         lines = []
         if self.macs_before is not None and self.macs_after is not None:
-            lines.append("MACs: " + change(self.macs_before, self.macs_after, human_count))
+            lines.append("MACs of the first feed: " + change(self.macs_before, self.macs_after, human_count))
         lines.append("parameters: " + change(self.parameters_before, self.parameters_after, human_count))
         return lines + super().size_lines()
 

@@ -433,3 +433,12 @@ def test_a_kill_between_two_moves_leaves_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "c.partial").mkdir()
     found = train(Bridge(), Data(), objective, settings(), checkpoint=tmp_path / "c", resume=True)
     assert found.to_dict() == {**done.to_dict(), "resumed": 15}
+
+
+def test_samples_that_fill_no_batch_are_refused() -> None:
+    data = Data(5)
+    data.batches = lambda batch, world=1: data.rows // (batch * world)  # type: ignore[method-assign]
+    bridge = Bridge()
+    bridge.batch = 8
+    with pytest.raises(DataError, match="5 samples do not fill a batch"):
+        train(bridge, data, objective, settings())

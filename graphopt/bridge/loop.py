@@ -185,13 +185,10 @@ class Loop:
     def _groups(self) -> Iterator[list[Any]]:
         """Yield the batches of each update; where it stands counts the group that was yielded."""
         while True:
-            fresh = self.place == 0
             epoch = self.plan.groups(self.data, self.epoch, seed=self.seed, rank=self.group.rank, start=self.place)
             for group in epoch:
                 self.place += 1
                 yield group
-            if fresh and not self.place:
-                raise DataError("an epoch has no batch", at="training data", hint=f"{self.data.rows} samples")
             self.epoch, self.place = self.epoch + 1, 0
 
     def _advance(self, group: list[Any], first: int) -> None:

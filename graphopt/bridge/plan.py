@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.bridge.parts import Data
+from graphopt.errors import DataError
 from graphopt.training import TrainSettings
 
 ROWS = 200
@@ -36,10 +37,20 @@ class Plan:
 
     @staticmethod
     def of(settings: TrainSettings, data: Data, *, fixed: int | None = None, world: int = 1) -> Plan:
-        """Return the plan for some data; `fixed` is the batch that the graph prescribes."""
+        """Return the plan for some data; `fixed` is the batch that the graph prescribes.
+
+        Raises:
+            DataError: there are fewer samples than that.
+        """
         batch = fixed or settings.batch
         accumulate = max(1, round(settings.batch * settings.accumulate / batch))
-        per_epoch = max(1, data.batches(batch, world * accumulate))
+        per_epoch = data.batches(batch, world * accumulate)
+        if not per_epoch:
+            raise DataError(
+                f"{data.rows} samples do not fill a batch",
+                at="training data",
+                hint=f"the model takes {batch} at a time",
+            )
         total = settings.steps or max(1, round(settings.epochs * per_epoch))
         return Plan(batch, accumulate, per_epoch, total, settings.evaluations, world)
 

@@ -126,3 +126,10 @@ def test_a_resumed_training_keeps_its_rate(tmp_path: Path) -> None:
     assert not any("trying" in words for words in told)
     assert (history.rate, history.trials) == (whole.rate, whole.trials)
     assert weights(again) == weights(twin)
+
+
+def test_of_rates_that_gain_nearly_as_much_the_highest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for untrained, taken in ((2.0, 1e-3), (1.21, 3.2e-4), (0.5, 3.2e-4), (np.inf, 3.2e-4)):
+        trials = {0.0: untrained, 1e-4: 1.2, 3.2e-4: 1.0, 1e-3: 1.1, 3.2e-3: np.inf}
+        monkeypatch.setattr(Search, "_trials", lambda _, found=trials: found)
+        assert search(Bridge(), steps=16)[0] == taken, untrained

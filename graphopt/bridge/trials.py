@@ -131,7 +131,8 @@ def _best(trials: dict[float, float]) -> float:
 def _nearly_best(trials: dict[float, float]) -> float:
     """Return the highest rate that gained nearly as much as the best one."""
     least = trials[_best(trials)]
-    enough = least + NEARLY * max(0.0, trials[0.0] - least)
+    gain = trials[0.0] - least if math.isfinite(trials[0.0]) else 0.0
+    enough = least + NEARLY * max(0.0, gain)
     return max(rate for rate, loss in trials.items() if rate and loss <= enough)
 
 

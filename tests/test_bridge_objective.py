@@ -17,10 +17,10 @@ from graphopt.bridge.batch import Batch  # noqa: E402
 from graphopt.bridge.graph import TrainableGraph  # noqa: E402
 from graphopt.bridge.objective import (  # noqa: E402
     Objective,
+    Spread,
     cosine,
     distill_objective,
     kl,
-    mse_over_variance,
     task_objective,
 )
 from graphopt.bridge.scores import scores  # noqa: E402
@@ -334,11 +334,33 @@ def test_sigmoid_kl_by_hand() -> None:
 def test_mse_and_cosine_do_not_depend_on_scale() -> None:
     rng = np.random.default_rng(0)
     s, t = (torch.from_numpy(rng.normal(size=(5, 7)).astype(np.float32)) for _ in range(2))
-    assert float(mse_over_variance(s * 100, t * 100)) == pytest.approx(float(mse_over_variance(s, t)), rel=1e-5)
-    assert float(mse_over_variance(torch.full_like(t, float(t.mean())), t)) == pytest.approx(1.0, rel=1e-5)
-    assert float(mse_over_variance(torch.zeros(2), torch.full((2,), 3.0))) == pytest.approx(1.0)
-    assert float(mse_over_variance(torch.ones(2), torch.zeros(2))) == pytest.approx(1.0)
+    assert Spread().add(t).scale == pytest.approx(float(t.var(correction=0)), rel=1e-6)
+    assert Spread().add(t[:2]).add(t[2:]).scale == pytest.approx(Spread().add(t).scale, rel=1e-9)
+    assert Spread().add(t * 100).scale == pytest.approx(1e4 * Spread().add(t).scale, rel=1e-5)
+    assert Spread().add(torch.full((2,), 3.0)).scale == pytest.approx(9.0)  # nothing varies: its power
+    assert Spread().add(torch.zeros(2)).scale == 1.0
     assert float(cosine(s * 3, t)) == pytest.approx(1 - float(F.cosine_similarity(s, t).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("taps", [(), ("s",)])
+def test_once_measured_a_batch_is_the_mean_of_its_parts(taps: tuple[str, ...]) -> None:
+    """So that accumulated batches, and those of several processes, are one large batch."""
+    model, settings = net("y = Identity(s)", seed=1), DistillSettings(output_loss="mse", taps=taps)
+    whole = batch_of(model, rows=6)
+    whole.feeds["x"][3:] *= 5.0  # halves of other variance
+    halves = [Batch({"x": whole.feeds["x"][part]}, None, whole.index[part]) for part in (slice(3), slice(3, 6))]
+    objective = distill_objective(model, Teacher(net("y = Identity(s)")), settings)
+    bridge = TrainableGraph(model, taps=objective.taps)
+
+    def losses() -> list[float]:
+        return [float(objective(bridge.module(b.feeds), b)["loss"].detach()) for b in (whole, *halves)]
+
+    together, one, other = losses()
+    assert abs(together - (one + other) / 2) > 0.05 * together
+    objective.measure((bridge.module(b.feeds), b) for b in (whole,))
+    again, one, other = losses()
+    assert again == pytest.approx(together, rel=1e-5)
+    assert again == pytest.approx((one + other) / 2, rel=1e-5)
 
 
 def test_alpha_mixes_teacher_and_labels() -> None:

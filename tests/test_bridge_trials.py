@@ -71,9 +71,11 @@ def test_what_judges_has_not_trained() -> None:
 
 
 def test_longer_trainings_get_larger_rates_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Search, "_trials", lambda _: {0.0: 2.0, 3.2e-4: 1.5, 1e-3: 1.0, 3.2e-3: np.inf})
+    monkeypatch.setattr(Search, "_trials", lambda _: {0.0: 2.0, 3.2e-4: 1.5, 1e-3: 1.0})
     rates = [search(Bridge(), steps=steps)[0] for steps in (4, 16, 64, 160, 1536, 15360)]
     assert rates == [0.001, 0.001, 0.0025, 0.0046, 0.01, HIGHEST]
+    monkeypatch.setattr(Search, "_trials", lambda _: {0.0: 2.0, 1e-3: 1.0, 3.2e-3: 1.9, 1e-2: 2.1})
+    assert search(Bridge(), steps=15360)[0] == 0.01  # it did harm
     monkeypatch.setattr(Search, "_trials", lambda _: {0.0: 2.0, 0.01: 1.0})
     assert search(Bridge(), steps=1536)[0] == HIGHEST
     assert search(Bridge(), steps=1536, relative=False)[0] == 0.1
@@ -133,3 +135,15 @@ def test_of_rates_that_gain_nearly_as_much_the_highest_is_taken(monkeypatch: pyt
         trials = {0.0: untrained, 1e-4: 1.2, 3.2e-4: 1.0, 1e-3: 1.1, 3.2e-3: np.inf}
         monkeypatch.setattr(Search, "_trials", lambda _, found=trials: found)
         assert search(Bridge(), steps=16)[0] == taken, untrained
+
+
+def test_rates_are_tried_upwards_while_they_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes flip at high rates only: where low ones change nothing, the search does not end at the lowest."""
+    flat = {3.2e-4: 1.0001, 1e-3: 1.0002, 3.2e-3: 1.003, 1e-2: 1.2}
+    monkeypatch.setattr(Search, "_loss", lambda *_: 1.0)
+    monkeypatch.setattr(Search, "_trial", lambda _, rate: flat[rate])
+    assert search(Bridge(), steps=16)[:2] == (3.2e-3, {0.0: 1.0, **flat})
+    monkeypatch.setattr(Search, "_trial", lambda _, rate: 1e-5 / rate)
+    assert max(search(Bridge(), steps=16)[1]) == 0.1
+    monkeypatch.setattr(Search, "_trial", lambda _, rate: 1.0 + rate * 1e6)
+    assert sorted(search(Bridge(), steps=16)[1]) == [0.0, 1e-5, 3.2e-5, 1e-4, 3.2e-4]

@@ -1,14 +1,14 @@
 """What training makes smaller: the loss of a task, and the difference from a teacher.
 
 distillation   alpha T^2 KL(teacher at T || student at T) + (1 - alpha) task loss   (Hinton et al. 2015)
-mse            mean (s - t)^2 / var(t), so that tensors of any scale weigh alike
+mse            mean (s - t)^2 / var(t), so that tensors of any scale weigh alike; var over samples, measured once
 cosine         mean 1 - cos(s, t) over rows
 taps           the same between inner tensors, through a trained 1x1 projection where widths differ (Romero et al. 2015)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from graphopt.data import call_user, load_function
 from graphopt.errors import DataError, ModelError, SpecError
 from graphopt.model import Model
 from graphopt.training import DistillSettings, TrainSettings
+
+_CONSTANT = 1e-6
+"""Part of its power below which a tensor's variance is rounding."""
 
 
 class Objective:
@@ -43,6 +46,15 @@ class Objective:
     def notes(self) -> list[str]:
         """What there is to say afterwards."""
         return []
+
+    def measure(self, seen: Iterable[tuple[dict[str, torch.Tensor], Batch]]) -> None:
+        """Take from some batches what losses are parts of, so that a batch's loss is the mean of its rows'.
+
+        Without it, each batch is measured by itself.
+
+        Args:
+            seen: outputs and taps of the model to be trained, and what they were computed of.
+        """
 
     def __call__(self, outputs: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """Return named terms, all scalars; `loss` is what is to become smaller.
@@ -130,6 +142,8 @@ class DistillObjective(Objective):
         self._pairs = _paired_outputs(student, teacher.model)
         self._features = feature_taps(student, teacher.model, settings)
         self._task = TaskObjective(student, settings) if settings.alpha < 1 else None
+        self._spreads: dict[str, Spread] = {}
+        self._measuring = False
         if settings.alpha == 1 and (settings.label_smoothing or settings.loss != "auto"):
             what = "label_smoothing" if settings.label_smoothing else "loss"
             raise SpecError(f"{what.replace('_', ' ')} is of labels, which alpha = 1 leaves out", at=what)
@@ -144,6 +158,19 @@ class DistillObjective(Objective):
     def notes(self) -> list[str]:
         """What the teacher has to say."""
         return self._teacher.notes
+
+    def measure(self, seen: Iterable[tuple[dict[str, torch.Tensor], Batch]]) -> None:
+        """Take the variances that squared differences are parts of."""
+        kinds = {self._kind(own, other) for own, other in self._pairs} if self._settings.alpha else set()
+        if "mse" not in kinds and not (self._features and self._settings.tap_loss == "mse"):
+            return
+        self._spreads, self._measuring = {}, True
+        try:
+            for outputs, batch in seen:
+                with torch.no_grad():
+                    self(outputs, batch)
+        finally:
+            self._measuring = False
 
     def __call__(self, outputs: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """Return `distill`, `task` and `taps`, as far as there are any, and `loss`."""
@@ -179,12 +206,24 @@ class DistillObjective(Objective):
         teacher, its_axis = other.read(targets, shape)
         _same_shape(student, teacher, own.output, other.output)
         along = class_axis(student.shape, axis if axis is not None else its_axis)
-        kind, maker = self._settings.output_loss, other.maker or own.maker
-        if kind == "auto":
-            kind = "kl" if maker or "logit" in own.output.lower() or "logit" in other.output.lower() else "mse"
+        kind = self._kind(own, other)
         if kind == "kl":
-            return kl(student, teacher, along, maker, self._settings.temperature)
-        return mse_over_variance(student, teacher) if kind == "mse" else cosine(student, teacher, along)
+            return kl(student, teacher, along, other.maker or own.maker, self._settings.temperature)
+        return self._squared(own.output, student, teacher) if kind == "mse" else cosine(student, teacher, along)
+
+    def _kind(self, own: Score, other: Score) -> str:
+        """Return the loss of an output: what is asked for, or what its name and maker say."""
+        if self._settings.output_loss != "auto":
+            return self._settings.output_loss
+        named = any("logit" in score.output.lower() for score in (own, other))
+        return "kl" if own.maker or other.maker or named else "mse"
+
+    def _squared(self, name: str, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        teacher = teacher.to(student.dtype)
+        if self._measuring:
+            self._spreads.setdefault(name, Spread()).add(teacher)
+        spread = self._spreads.get(name) or Spread().add(teacher)
+        return (student - teacher).square().mean() / spread.scale
 
     def _feature(
         self, term: TapTerm, outputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
@@ -192,7 +231,7 @@ class DistillObjective(Objective):
         student, teacher = term.projected(outputs[term.student].float()), targets[term.teacher].float()
         _same_shape(student, teacher, term.student, term.teacher)
         if self._settings.tap_loss == "mse":
-            return mse_over_variance(student, teacher)
+            return self._squared(f"{term.student}={term.teacher}", student, teacher)
         return cosine(student, teacher, class_axis(student.shape, term.axis))
 
 
@@ -234,13 +273,25 @@ def kl(student: torch.Tensor, teacher: torch.Tensor, axis: int | None, maker: st
     return temperature**2 * each.sum(along).mean()
 
 
-def mse_over_variance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared difference as a part of the teacher's variance (its power, where it does not vary)."""
-    teacher = teacher.to(student.dtype)
-    power = teacher.square().mean()
-    variance = (teacher - teacher.mean()).square().mean()
-    scale = torch.where(variance > 1e-6 * power, variance, torch.where(power > 0, power, torch.ones_like(power)))
-    return (student - teacher).square().mean() / scale
+class Spread:
+    """The variance of a tensor over all that was added."""
+
+    def __init__(self) -> None:
+        self._count, self._sums = 0, torch.zeros(2, dtype=torch.float64)
+
+    def add(self, values: torch.Tensor) -> Spread:
+        """Take values in."""
+        wide = values.detach().double().cpu()
+        self._count += wide.numel()
+        self._sums += torch.stack([wide.sum(), wide.square().sum()])
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What squared differences are parts of: the variance, the power where nothing varies, 1 for zeros."""
+        mean, power = (self._sums / max(self._count, 1)).tolist()
+        variance = power - mean * mean
+        return variance if variance > _CONSTANT * power else power or 1.0
 
 
 def cosine(student: torch.Tensor, teacher: torch.Tensor, axis: int = -1) -> torch.Tensor:

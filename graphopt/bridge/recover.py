@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +27,9 @@ from graphopt.training import DistillSettings, TrainSettings
 
 HELD_OUT = 0.1
 """Part of the samples that chooses the best weights, where nothing else does."""
+
+MEASURED, MEASURED_BATCH = 8, 32
+"""Batches that losses are scaled by, and their rows."""
 
 
 @dataclass
@@ -74,6 +80,7 @@ def recover(
         model, taps=objective.taps, only=settings.only, freeze=settings.freeze, learn_scales=settings.learn_scales,
         batch_norm=settings.batch_norm,
     )  # fmt: skip
+    objective.measure(_seen(model, objective, data))
     loss = None if selecting is None else HeldOutLoss(objective, selecting, settings.batch)
     judge = loss if metric is None else _by_metric(metric)
     history = train(
@@ -140,8 +147,7 @@ class HeldOutLoss:
 
     def __call__(self, model: Model) -> float:
         """Return minus the mean loss."""
-        names = [output.name for output in model.outputs]
-        runner = Teacher(model, [*names, *(tap for tap in self.objective.taps if tap not in names)], cache=False)
+        runner = _runner(model, self.objective)
         total = rows = 0.0
         for batch in self.data.epoch(0, seed=0, batch=self.batch):
             with torch.no_grad():
@@ -149,6 +155,19 @@ class HeldOutLoss:
             total += float(found["loss"]) * len(batch.index)
             rows += len(batch.index)
         return -total / rows
+
+
+def _seen(model: Model, objective: Objective, data: TrainingData) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yield some batches, the same in all processes, and what a model makes of them in ORT."""
+    runner = _runner(model, objective)
+    for batch in itertools.islice(data.epoch(0, seed=0, batch=MEASURED_BATCH), MEASURED):
+        yield runner(batch), batch
+
+
+def _runner(model: Model, objective: Objective) -> Teacher:
+    """Return what computes outputs and taps of a model in ORT."""
+    names = [output.name for output in model.outputs]
+    return Teacher(model, [*names, *(tap for tap in objective.taps if tap not in names)], cache=False)
 
 
 def _objective(model: Model, teacher: Model | None, settings: TrainSettings) -> Objective:

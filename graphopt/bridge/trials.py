@@ -7,7 +7,8 @@ long as that helps.
 
 The best rate of a short training is too small for a long one, which has the time to settle (Wu and others 2018,
 "Understanding short-horizon bias").  Measured on four networks, the best rate grows as the number of updates does
-where much was lost, and less than as its root where little was: what is taken lies between.
+where much was lost, and less than as its root where little was: what is taken lies between, and no higher than a rate
+that did harm.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ FIRST = {"sgd": 1e-2}
 """Rate that the search begins with, by optimizer; of others `FIRST_ADAPTIVE`."""
 FIRST_ADAPTIVE = 3.2e-4
 FACTOR = 10.0**0.5
+LOWEST, TOP = 1e-5, 0.1
+"""Relative rates that are tried: below nothing moves, above each update makes another network."""
 MOST = 8
 """Trials, at most."""
 PART, FEWEST, LONGEST = 32, 16, 48
 """Updates of a trial: one of so many of the training; at least, at most."""
-NEARLY = 0.2
-"""Part of the best trial's gain that may be missed by a higher rate, which is taken then."""
+NEARLY, EQUAL = 0.2, 0.01
+"""What a higher rate may miss of the best one's gain, or of the loss, to be taken in its place."""
 GROWTH = 2 / 3
 """Power of its length that the rate of a training grows with."""
 HIGHEST = 0.03
-"""Largest rate, as a part of a tensor's size, that a trial's rate grows to: above it, long trainings were no better."""
+"""Largest relative rate that a trial's rate grows to: above it, long trainings were no better."""
 JUDGED_ROWS = 256
 """Rows that judge a trial, about."""
 
@@ -64,25 +67,30 @@ class Search:
     def run(self) -> tuple[float, dict[float, float]]:
         """Return the rate for the whole training, and the loss that each trial led to, by rate."""
         found = self._trials()
-        best = _nearly_best(found)
-        rate = rounded(best * (self.plan.total / self._length) ** GROWTH)
-        return (max(best, min(rate, HIGHEST)) if self.settings.relative else rate), found
+        best = _best(found)
+        rate = best * (self.plan.total / self._length) ** GROWTH
+        if self.settings.relative:
+            rate = min(rate, HIGHEST)
+        harmful = [tried for tried, loss in found.items() if tried > best and loss > found[0.0]]
+        return max(best, min([rounded(rate), *harmful])), found
 
     def _trials(self) -> dict[float, float]:
         """Return the loss that each rate led to, infinite where it was no number, by rate; rate 0: without training."""
         first = FIRST.get(self.settings.optimizer, FIRST_ADAPTIVE)
         found = {0.0: self._loss(self._update(0.0)), first: self._trial(first)}
         for factor in (FACTOR, 1.0 / FACTOR):
-            if factor > 1.0 and found[first] > found[0.0]:
+            if factor > 1.0 and found[first] > (1.0 + EQUAL) * found[0.0]:
                 continue  # it destroys already
-            rate = best = first
-            while len(found) <= MOST and rate == best:
+            rate = first
+            while len(found) <= MOST and _best(found) == rate and self._may_try(rate * factor):
                 rate = rounded(rate * factor)
                 found[rate] = self._trial(rate)
-                best = _best(found)
-            if best != first:
+            if _best(found) > first:
                 break
         return dict(sorted(found.items()))
+
+    def _may_try(self, rate: float) -> bool:
+        return not self.settings.relative or LOWEST <= rounded(rate) <= TOP
 
     def _trial(self, rate: float) -> float:
         self.told(rate)
@@ -124,16 +132,16 @@ class Search:
 
 
 def _best(trials: dict[float, float]) -> float:
-    """Return the rate that led to the least loss, of equal ones the lowest."""
-    return min((rate for rate in trials if rate), key=lambda rate: (trials[rate], rate))
+    """Return the highest rate that is nearly as good as the best one; the lowest where all ended in no number."""
+    rates = [rate for rate, loss in trials.items() if rate and loss <= _enough(trials)]
+    return max(rates) if math.isfinite(_enough(trials)) else min(rates)
 
 
-def _nearly_best(trials: dict[float, float]) -> float:
-    """Return the highest rate that gained nearly as much as the best one."""
-    least = trials[_best(trials)]
-    gain = trials[0.0] - least if math.isfinite(trials[0.0]) else 0.0
-    enough = least + NEARLY * max(0.0, gain)
-    return max(rate for rate, loss in trials.items() if rate and loss <= enough)
+def _enough(trials: dict[float, float]) -> float:
+    """Return the loss up to which a trial is nearly as good as the best one."""
+    least = min(loss for rate, loss in trials.items() if rate)
+    before = trials[0.0]
+    return least + max(NEARLY * (before - least), EQUAL * least) if math.isfinite(before) else least
 
 
 def rounded(rate: float) -> float:

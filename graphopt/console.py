@@ -58,8 +58,8 @@ def working(what: str, as_json: bool) -> Iterator[Callable[[str], None]]:
         yield lambda step: status.update(f"{what}: {escape(step)}")
 
 
-LOGGED_EVERY = 30.0
-"""Seconds between two lines of a log."""
+FIRST_LOGGED, LOGGED_EVERY = 3.0, 30.0
+"""Seconds before the first line of a log, and between two of them."""
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ class _Log:
     """Lines on stderr about something that takes long."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.last = what, time.monotonic()
+        self.what, self.last = what, time.monotonic() - LOGGED_EVERY + FIRST_LOGGED
 
     def __call__(self, done: int, total: int, words: str) -> None:
         """Take steps done, of how many, and words."""

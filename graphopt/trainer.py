@@ -101,7 +101,10 @@ class Request:
                 f"a part of the samples is held out, not {self.held_out:g}", at="held_out", hint="between 0 and 1: 0.2"
             )
         if self.resume and self.checkpoint is None:
-            raise SpecError("there is no checkpoint to resume from", at="resume", hint="say in which folder it is")
+            raise SpecError(
+                "there is no checkpoint to resume from", at="resume",
+                hint="say in which folder it is: --checkpoint FOLDER",
+            )  # fmt: skip
 
 
 @dataclass

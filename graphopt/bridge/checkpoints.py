@@ -43,19 +43,28 @@ class State:
     numbers: dict[str, Any]
 
 
+WHOLE = {"model": "another model", "teacher": "another teacher", "data": "other samples, or in another order"}
+"""What is known by a digest, and what is said where that differs."""
+
+
 def identity(
-    model: Model, tensors: Mapping[str, Array], settings: TrainSettings, *, teacher: Model | None, rows: int, seed: int,
-    world: int,
+    model: Model, tensors: Mapping[str, Array], settings: TrainSettings, *, teacher: Model | None,
+    data: Mapping[str, Array], rows: int, seed: int, world: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what training depends on beside its state: a checkpoint of anything else is refused."""
-    taught = None if teacher is None else _digest(teacher, {c.name: c.values for c in teacher.constants()})
-    found = {"model": _digest(model, tensors), "teacher": taught, "rows": rows, "seed": seed, "processes": world}
+    taught = (
+        None if teacher is None else _digest(structure_of(teacher), {c.name: c.values for c in teacher.constants()})
+    )
+    found = {
+        "model": _digest(structure_of(model), tensors), "teacher": taught, "data": _digest("", data), "rows": rows,
+        "seed": seed, "processes": world,
+    }  # fmt: skip
     settings_held = {"kind": type(settings).__name__, **asdict(settings)}
     return json.loads(json.dumps({**found, "settings": settings_held}))  # type: ignore[no-any-return]
 
 
-def _digest(model: Model, tensors: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256(structure_of(model).encode())
+def _digest(text: str, tensors: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256(text.encode())
     for name, values in sorted(tensors.items()):
         digest.update(f"{name} {values.dtype} {values.shape} ".encode())
         digest.update(np.ascontiguousarray(values).tobytes())

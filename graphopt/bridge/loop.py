@@ -155,6 +155,8 @@ class Loop:
             if self.judge is not None:
                 self._evaluate()
         self.update.take_rate(self.history.rate)
+        if keeper and self.history.trials and not self.history.resumed:
+            keeper.save(self, belongs, finished=False)
         first = self.step
         for group in self._groups():
             if self.step >= self.plan.total or self.history.stopped:
@@ -287,8 +289,13 @@ class Loop:
         """Return what a checkpoint of this training belongs to."""
         return checkpoints.identity(
             self.bridge.model, {name: array(tensor) for name, tensor in self.tensors.items()}, self.settings,
-            teacher=teacher, rows=self.data.rows, seed=self.seed, world=self.group.world,
+            teacher=teacher, data=self._first_batch(), rows=self.data.rows, seed=self.seed, world=self.group.world,
         )  # fmt: skip
+
+    def _first_batch(self) -> dict[str, Any]:
+        """Return what the first process is fed first."""
+        first = next(self.plan.groups(self.data, 0, seed=self.seed, rank=0))[0]
+        return {name: array(value) for name, value in first.feeds.items()}
 
     def state(self, belongs: dict[str, Any], *, finished: bool) -> checkpoints.State:
         """Return all that the next update depends on."""

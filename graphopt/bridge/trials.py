@@ -77,7 +77,10 @@ class Search:
     def _trials(self) -> dict[float, float]:
         """Return the loss that each rate led to, infinite where it was no number, by rate; rate 0: without training."""
         first = FIRST.get(self.settings.optimizer, FIRST_ADAPTIVE)
-        found = {0.0: self._loss(self._update(0.0)), first: self._trial(first)}
+        found = {0.0: self._loss(self._update(0.0))}
+        if not math.isfinite(found[0.0]):
+            return {**found, first: math.inf}  # training will say why
+        found[first] = self._trial(first)
         for factor in (FACTOR, 1.0 / FACTOR):
             if factor > 1.0 and found[first] > (1.0 + EQUAL) * found[0.0]:
                 continue  # it destroys already

@@ -42,6 +42,7 @@ from graphopt.quality import Bound, Quality
 from graphopt.report import PassRecord
 from graphopt.runtime import evaluate
 from graphopt.tensors import is_float
+from graphopt.unseen_classes import unseen
 
 LOUD = 10.0
 """Signal to noise, dB, below which a report says how little is left."""
@@ -157,6 +158,7 @@ class _Task(LossyTask):
             gradients = read_gradients(request.gradients, self.original)
             self.settings = replace(self.settings, gradients=gradients)
         self.tried: list[Tried] = []
+        self.spared: dict[str, str] = {}
         self._base: Model | None = None
         self._groups: Channels | None = None
         self._costs: MacsModel | None = None
@@ -200,11 +202,20 @@ class _Task(LossyTask):
                 "no channel group has such a name", at="--only, --skip",
                 hint=did_you_mean((*self.request.only, "")[0], names) or "--explain lists them",
             )  # fmt: skip
+        self._spare()
         if self.request.goal == "bound":
             return self._largest()
         if self.request.goal == "latency":
             return self._to_latency()
         return self._asked()
+
+    def _spare(self) -> None:
+        """Leave groups as they are that samples cannot judge, unless groups were named."""
+        if self.calibrating is None or self.request.only:
+            return
+        self.spared = unseen(self.base, self.groups, self.calibrating)
+        self.request = replace(self.request, skip=(*self.request.skip, *self.spared))
+        self.recipe = Recipe(self.request, sampled=True)
 
     def _check_asked(self) -> None:
         request, sampled = self.request, self.calibrating is not None
@@ -347,7 +358,8 @@ class _Task(LossyTask):
         rows = []
         for group in self.groups.groups:
             left = after.get(group.name, group.size if group.frozen else 0)
-            why = group.frozen or (blocked.get(group.name, "") if left == group.size else "")
+            kept = blocked.get(group.name, "") or self.spared.get(group.name, "")
+            why = group.frozen or (kept if left == group.size else "")
             rows.append(self._row(group, left, why))
         return rows
 

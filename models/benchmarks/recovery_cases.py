@@ -98,7 +98,7 @@ CASES: Mapping[str, Case] = {
     "rec": Case(
         "PP-OCR recogniser, 70 % of MACs", lambda: zoo.fetch("ppocr-rec"),
         commands("ocr_rec", macs=0.7, fitting="fitting", right="lines_right_selection",
-                 trained=(16384, "--epochs 2 --evaluations 2 --rate 5.8e-4")),
+                 trained=(8192, "--epochs 1 --evaluations 2")),
         {"Latin lines right": ocr_rec.lines_right_latin, "Chinese lines right": ocr_rec.lines_right_chinese},
         _timed("ppocr-rec"), aim=0.015,
     ),

@@ -81,6 +81,10 @@ def test_longer_trainings_get_larger_rates_up_to_a_bound(monkeypatch: pytest.Mon
     assert search(Bridge(), steps=1536, relative=False)[0] == 0.1
     monkeypatch.setattr(Search, "_trials", lambda _: {0.0: 2.0, 0.1: 1.0})
     assert search(Bridge(), steps=160)[0] == 0.1  # it was tried
+    coded = Bridge()
+    coded.coded = {"w1": 1 / 128}
+    monkeypatch.setattr(Search, "_trials", lambda _: {0.0: 2.0, 0.01: 1.0})
+    assert search(coded, steps=1536)[0] == 0.01
 
 
 def test_rates_that_destroy_are_not_taken() -> None:

@@ -39,7 +39,7 @@ PART, FEWEST, LONGEST = 32, 16, 48
 NEARLY, EQUAL = 0.2, 0.01
 """What a higher rate may miss of the best one's gain, or of the loss, to be taken in its place."""
 GROWTH = 2 / 3
-"""Power of its length that the rate of a training grows with."""
+"""Power of its length that the rate of a training grows with; of codes it does not: they flip as often as before."""
 HIGHEST = 0.03
 """Largest relative rate that a trial's rate grows to: above it, long trainings were no better."""
 JUDGED_ROWS = 256
@@ -68,7 +68,9 @@ class Search:
         """Return the rate for the whole training, and the loss that each trial led to, by rate."""
         found = self._trials()
         best = _best(found)
-        rate = best * (self.plan.total / self._length) ** GROWTH
+        rate = best
+        if not self.bridge.coded:
+            rate *= (self.plan.total / self._length) ** GROWTH
         if self.settings.relative:
             rate = min(rate, HIGHEST)
         harmful = [tried for tried, loss in found.items() if tried > best and loss > found[0.0]]

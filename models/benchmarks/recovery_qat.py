@@ -177,7 +177,7 @@ def efficientnet(limit: int = crops.TEST_CROPS, keep: Path | None = None) -> Ite
             model.save(file) if file is not None else None
         yield _judged(name, model, wanted)
     started = time.process_time()
-    done = distill(model, teacher, list(crops.training()), CROPS, held_out=0.0)
+    done = distill(model, teacher, list(crops.training()), CROPS)
     if keep is not None:
         done.model.save(keep / "trained.onnx")
     row = _judged("int8, exact scales, trained", done.model, wanted)

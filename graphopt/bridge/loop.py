@@ -136,7 +136,7 @@ class Loop:
         self.sums: dict[str, float] = {}
         self.summed = 0
         self.before = 0.0
-        self.started = time.monotonic()
+        self.started = self.trained_since = time.monotonic()
         self.told = -math.inf
 
     def run(self, keeper: _Keeper | None, belongs: dict[str, Any], *, resume: bool) -> History:
@@ -157,7 +157,7 @@ class Loop:
         self.update.take_rate(self.history.rate)
         if keeper and self.history.trials and not self.history.resumed:
             keeper.save(self, belongs, finished=False)
-        first = self.step
+        first, self.trained_since = self.step, time.monotonic()
         for group in self._groups():
             if self.step >= self.plan.total or self.history.stopped:
                 break
@@ -269,7 +269,7 @@ class Loop:
         if self.progress is None or not self.group.leads or (now - self.told < SHOWN_EVERY and not ended):
             return
         self.told = now
-        left = (now - self.started) / (self.step - first) * (self.plan.total - self.step)
+        left = (now - self.trained_since) / (self.step - first) * (self.plan.total - self.step)
         self.progress(self.step, self.plan.total, f"loss {loss:.4g}, rate {self.rate:.3g}, {duration(left)} left")
 
     def _finish(self) -> None:

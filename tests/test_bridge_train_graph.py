@@ -133,7 +133,7 @@ def test_float16_loses_no_update() -> None:
 
 def test_projections_are_trained_and_resumed(tmp_path: Path) -> None:
     """The student's tap has 8 channels, the teacher's 3: the checkpoint holds what projects it, and the scale."""
-    asked = DistillSettings(epochs=2, batch=8, taps=("r=x",), tap_weight=10.0, autocast="float16")
+    asked = DistillSettings(epochs=2, batch=8, rate=1e-3, taps=("r=x",), tap_weight=10.0, autocast="float16")
     found: list[tuple[dict[str, Any], bytes]] = []
     for steps in (None, 5, None):
         model = load(image_net(dropout=0.2))

@@ -77,7 +77,7 @@ class Teacher:
         """
         numbers = [int(i) for i in batch.index]
         if self._cache and all(i in self._known for i in numbers):
-            return {n: to_tensor(np.concatenate([self._known[i][n] for i in numbers])) for n in self.tensors}
+            return {n: to_tensor(_joined([self._known[i][n] for i in numbers])) for n in self.tensors}
         feeds = self._feeds(batch)
         values = self._answer(feeds, len(numbers))
         if self._cache:
@@ -144,6 +144,11 @@ class Teacher:
             row = {n: v[place : place + 1].copy() if several else v for n, v in values.items()}
             self._left -= sum(value.nbytes for value in row.values())
             self._known[number] = row
+
+
+def _joined(rows: list[Array]) -> Array:
+    """Return rows one below the other; what came of a single row is as it was, and may have no axes."""
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
 def fixed_batch(model: Model) -> int | None:

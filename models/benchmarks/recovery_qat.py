@@ -51,7 +51,14 @@ DIGITS = DistillSettings(
 """80 updates."""
 
 CROPS = DistillSettings(
-    steps=600, batch=8, weight_decay=0.0, output_loss="kl", temperature=1.0, learn_scales=False, evaluations=0
+    steps=600,
+    batch=8,
+    rate=1e-2,
+    weight_decay=0.0,
+    output_loss="kl",
+    temperature=1.0,
+    learn_scales=False,
+    evaluations=0,
 )
 """Scales that are exact stay as they are."""
 

@@ -147,6 +147,10 @@ def test_rates_are_tried_upwards_while_they_do_no_harm(monkeypatch: pytest.Monke
     monkeypatch.setattr(Search, "_loss", lambda *_: 1.0)
     monkeypatch.setattr(Search, "_trial", lambda _, rate: flat[rate])
     assert search(Bridge(), steps=16)[:2] == (3.2e-3, {0.0: 1.0, **flat})
+    monkeypatch.setattr(Search, "_loss", lambda *_: -1.0)  # a loss of one's own may be negative
+    monkeypatch.setattr(Search, "_trial", lambda _, rate: flat[rate] - 2.0)
+    assert search(Bridge(), steps=16)[0] == 3.2e-3
+    monkeypatch.setattr(Search, "_loss", lambda *_: 1.0)
     monkeypatch.setattr(Search, "_trial", lambda _, rate: 1e-5 / rate)
     assert max(search(Bridge(), steps=16)[1]) == 0.1
     monkeypatch.setattr(Search, "_trial", lambda _, rate: 1.0 + rate * 1e6)

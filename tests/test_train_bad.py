@@ -193,24 +193,23 @@ def test_without_torch_it_says_what_to_install(given: dict[str, Path], tmp_path:
     assert not out.exists()
 
 
-def test_a_loss_that_is_never_a_number_is_refused(given: dict[str, Path], cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def nan(outputs, labels):\n    return outputs['logits'].sum() * float('nan')\n")
-    text = refused(
-        cli, tmp_path, "finetune", DIGITS, "--train", given["good"], "--loss", f"{tmp_path / 'mine.py'}:nan", "-o",
-        tmp_path / "out.onnx",
-    )  # fmt: skip
-    assert "nan" in text
+NAN = "def nan(outputs, labels):\n    return outputs['logits'].sum() * float('nan')\n"
+CUT = "def cut(feeds, rng):\n    return {name: value[..., :5] for name, value in feeds.items()}\n"
 
 
-def test_augmentation_that_changes_the_size_is_refused(given: dict[str, Path], cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "def cut(feeds, rng):\n    return {name: value[..., :5] for name, value in feeds.items()}\n"
-    )
-    text = refused(
-        cli, tmp_path, "finetune", DIGITS, "--train", given["good"], "--augment", f"{tmp_path / 'mine.py'}:cut", "-o",
+@pytest.mark.parametrize(
+    ("option", "function", "text", "said"),
+    [("--loss", "nan", NAN, "training failed: the loss of update 1 is nan"), ("--augment", "cut", CUT, "mine.py")],
+)
+def test_functions_that_give_nothing_usable_are_refused(
+    option: str, function: str, text: str, said: str, given: dict[str, Path], cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    found = refused(
+        cli, tmp_path, "finetune", DIGITS, "--train", given["good"], option, f"{tmp_path / 'mine.py'}:{function}", "-o",
         tmp_path / "out.onnx",
     )  # fmt: skip
-    assert "mine.py" in text
+    assert said in found
 
 
 def test_a_plot_of_no_known_kind_is_refused_at_once(given: dict[str, Path], cli: Cli, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class Search:
             return {**found, first: math.inf}  # training will say why
         found[first] = self._trial(first)
         for factor in (FACTOR, 1.0 / FACTOR):
-            if factor > 1.0 and found[first] > (1.0 + EQUAL) * found[0.0]:
+            if factor > 1.0 and found[first] > found[0.0] + EQUAL * abs(found[0.0]):
                 continue  # it destroys already
             rate = first
             while len(found) <= MOST and _best(found) == rate and self._may_try(rate * factor):
@@ -146,7 +146,7 @@ def _enough(trials: dict[float, float]) -> float:
     """Return the loss up to which a trial is nearly as good as the best one."""
     least = min(loss for rate, loss in trials.items() if rate)
     before = trials[0.0]
-    return least + max(NEARLY * (before - least), EQUAL * least) if math.isfinite(before) else least
+    return least + max(NEARLY * (before - least), EQUAL * abs(least)) if math.isfinite(before) else least
 
 
 def rounded(rate: float) -> float:

@@ -144,14 +144,25 @@ def test_of_rates_that_gain_nearly_as_much_the_highest_is_taken(monkeypatch: pyt
 def test_rates_are_tried_upwards_while_they_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes flip at high rates only: where low ones change nothing, the search does not end at the lowest."""
     flat = {3.2e-4: 1.0001, 1e-3: 1.0002, 3.2e-3: 1.003, 1e-2: 1.2}
-    monkeypatch.setattr(Search, "_loss", lambda *_: 1.0)
+    monkeypatch.setattr(Search, "loss", lambda *_: 1.0)
     monkeypatch.setattr(Search, "_trial", lambda _, rate: flat[rate])
     assert search(Bridge(), steps=16)[:2] == (3.2e-3, {0.0: 1.0, **flat})
-    monkeypatch.setattr(Search, "_loss", lambda *_: -1.0)  # a loss of one's own may be negative
+    monkeypatch.setattr(Search, "loss", lambda *_: -1.0)  # a loss of one's own may be negative
     monkeypatch.setattr(Search, "_trial", lambda _, rate: flat[rate] - 2.0)
     assert search(Bridge(), steps=16)[0] == 3.2e-3
-    monkeypatch.setattr(Search, "_loss", lambda *_: 1.0)
+    monkeypatch.setattr(Search, "loss", lambda *_: 1.0)
     monkeypatch.setattr(Search, "_trial", lambda _, rate: 1e-5 / rate)
     assert max(search(Bridge(), steps=16)[1]) == 0.1
     monkeypatch.setattr(Search, "_trial", lambda _, rate: 1.0 + rate * 1e6)
     assert sorted(search(Bridge(), steps=16)[1]) == [0.0, 1e-5, 3.2e-5, 1e-4, 3.2e-4]
+
+
+def test_where_nothing_chooses_a_rate_that_was_found_leaves_no_model_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge = Bridge()
+    train(bridge, Data(), objective, settings(rate=0.05, relative=False))
+    monkeypatch.setattr(Search, "_trials", lambda search: {0.0: search.loss(search._update(0.0)), 1e3: 0.0})
+    before = weights(bridge)
+    history = train(bridge, Data(), objective, settings(relative=False, optimizer="sgd", clip=1.0))
+    assert history.steps == 60
+    assert not history.stopped
+    assert (history.best_step, weights(bridge)) == (0, before)

@@ -31,6 +31,7 @@ from graphopt.models.tasks import (
     training_lines,
 )
 from graphopt.runtime import Session
+from tests.zoo_files import fetched
 
 Predict = Callable[..., dict[str, Any]]
 
@@ -301,6 +302,16 @@ def test_sentences_come_in_groups_of_four() -> None:
 def test_files_are_of_many_types() -> None:
     made = {label for label, content in magika_files.files("test", len(file_types.types())) if content}
     assert len(made) >= 60
+
+
+@pytest.mark.zoo
+def test_crops_that_train_are_of_the_zoos_photographs() -> None:
+    fetched("photo-00")
+    first, again = next(crops.training()), next(crops.training())
+    assert first["image"].shape == (8, 3, 224, 224)
+    np.testing.assert_array_equal(first["image"], again["image"])
+    assert np.abs(first["image"]).max() <= 1.0
+    assert min(crop.std() for crop in first["image"]) > 0.05  # each of them shows something
 
 
 @pytest.mark.zoo

@@ -174,11 +174,13 @@ class Loop:
         self.history.rate = self.settings.rate
         if self.settings.rate:
             return
-        search = Search(
+        self.history.rate, found = self._search().run()
+        self.history.trials = [Trial(rate, _or_none(loss)) for rate, loss in found.items()]
+
+    def _search(self) -> Search:
+        return Search(
             self.bridge, self.data, self.update.objective, self.settings, self.plan, self.seed, self.group, self._tries
         )
-        self.history.rate, found = search.run()
-        self.history.trials = [Trial(rate, _or_none(loss)) for rate, loss in found.items()]
 
     def _tries(self, rate: float) -> None:
         if self.progress is not None and self.group.leads:
@@ -284,6 +286,10 @@ class Loop:
         self.history.best_step = self.step
         if self.average is not None:
             copy_into(self.tensors, self.average.values)
+        before = next((trial.loss for trial in self.history.trials if not trial.rate), None)
+        if before is not None and self._search().loss(self.update) > before:  # nobody asked for this rate
+            copy_into(self.tensors, self.update.initial)
+            self.history.best_step = 0
 
     def identity(self, teacher: Model | None) -> dict[str, Any]:
         """Return what a checkpoint of this training belongs to."""

@@ -105,6 +105,8 @@ def _course(history: History, *, resume: bool) -> list[str]:
     if history.trials:
         tried = ", ".join(f"{trial.rate:g}" for trial in history.trials if trial.rate)
         notes.append(f"rate {history.rate:g}, found by short trainings at {tried}")
+        if history.steps and not history.best_step and not any(row.judged is not None for row in history.rows):
+            notes.append("the loss was larger than before on the samples that judged rates: no weight was changed")
     return notes
 
 

@@ -79,7 +79,7 @@ class Search:
     def _trials(self) -> dict[float, float]:
         """Return the loss that each rate led to, infinite where it was no number, by rate; rate 0: without training."""
         first = FIRST.get(self.settings.optimizer, FIRST_ADAPTIVE)
-        found = {0.0: self._loss(self._update(0.0))}
+        found = {0.0: self.loss(self._update(0.0))}
         if not math.isfinite(found[0.0]):
             return {**found, first: math.inf}  # training will say why
         found[first] = self._trial(first)
@@ -104,7 +104,7 @@ class Search:
             for step, group in enumerate(itertools.islice(self._unseen(), update.plan.total)):
                 if not math.isfinite(update.make(group, step)["loss"]):
                     return math.inf
-            return self._loss(update)
+            return self.loss(update)
         finally:
             copy_into(update.tensors, update.initial)
 
@@ -131,7 +131,8 @@ class Search:
     def _epoch(self, epoch: int) -> Iterator[Sequence[Any]]:
         return self.plan.groups(self.data, epoch, seed=self.seed, rank=self.group.rank)
 
-    def _loss(self, update: Update) -> float:
+    def loss(self, update: Update) -> float:
+        """Return the loss of the module as it is, on what judges trials; infinite where it is no number."""
         loss = update.loss(itertools.islice(self._epoch(0), self._judging))
         return loss if math.isfinite(loss) else math.inf
 
